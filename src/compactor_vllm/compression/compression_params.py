@@ -1,0 +1,125 @@
+"""What a call asks of compression: which method, and how much of each sequence is kept.
+
+A leaf module: it imports no tensors, so that the configuration of a request can be made and checked anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from types import MappingProxyType
+from typing import Any
+
+from compactor_vllm.errors import InvalidInputError
+
+
+class CompressionMethod(str, Enum):
+    """The built-in methods; a member indexes `COMPRESSION_REGISTRY`."""
+
+    COMPACTOR = "compactor"
+    SNAPKV = "snapkv"
+    NONE = "none"
+
+    def __str__(self) -> str:
+        return f"CompressionMethod.{self.name}"
+
+    __repr__ = __str__
+
+
+MethodSpec = Any
+"""A `CompressionMethod`, a registry name, "package.module:Class", "file.py:Class", or a configured instance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchCompressionParams:
+    """Compression options shared by the sequences of a call.
+
+    Attributes:
+        compression_method: method of every sequence that names none itself.
+        compression_type: "layer": the KV heads of a layer compete for its budget; "head": each keeps the same.
+        do_chunked_compression: scores that need statistics of the context (Compactor's leverage) take them
+            from chunks of `chunk_size` tokens instead of from the whole context.
+        chunk_size: tokens of such a chunk.
+
+    Raises:
+        InvalidInputError: a field is out of range.
+    """
+
+    compression_method: MethodSpec = CompressionMethod.NONE
+    compression_type: str = "layer"
+    do_chunked_compression: bool = True
+    chunk_size: int = 512
+
+    def __post_init__(self) -> None:
+        if self.compression_method is None:
+            raise InvalidInputError("compression_method must name a method; CompressionMethod.NONE keeps everything")
+        if self.compression_type not in ("layer", "head"):
+            raise InvalidInputError(f'compression_type must be "layer" or "head", not {self.compression_type!r}')
+        if not isinstance(self.do_chunked_compression, bool):
+            raise InvalidInputError(f"do_chunked_compression must be a bool, not {self.do_chunked_compression!r}")
+        _check_int("chunk_size", self.chunk_size, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceCompressionParams:
+    """How much of one sequence is kept.
+
+    Attributes:
+        compression_ratio: fraction of tokens KEPT, in (0, 1]; 1.0 keeps everything.
+        max_kept_tokens: absolute alternative: at most so many tokens per KV head on average.
+        protected_first_tokens: first tokens that are always kept, inside the budget.
+        protected_last_tokens: last tokens that are always kept, inside the budget.
+        compression_method: overrides the batch's method for this sequence.
+        method_params: options of the method, by name.
+        context_end: token index (message index in chat) where the compressed part ends; what follows is kept whole.
+        protected_ranges: half-open token ranges (begin, end) that are always kept.
+
+    Raises:
+        InvalidInputError: a field is out of range.
+    """
+
+    compression_ratio: float = 1.0
+    max_kept_tokens: int | None = None
+    protected_first_tokens: int = 16
+    protected_last_tokens: int = 64
+    compression_method: MethodSpec | None = None
+    method_params: Mapping[str, Any] = field(default_factory=dict)
+    context_end: int | None = None
+    protected_ranges: Sequence[tuple[int, int]] = ()
+
+    def __post_init__(self) -> None:
+        r = self.compression_ratio
+        if not isinstance(r, (int, float)) or isinstance(r, bool) or not math.isfinite(r) or not 0 < r <= 1:
+            raise InvalidInputError(
+                f"compression_ratio is the fraction kept and must lie in (0, 1] (1.0 keeps everything), not {r!r}"
+            )
+        for name in ("protected_first_tokens", "protected_last_tokens"):
+            _check_int(name, getattr(self, name), 0)
+        for name in ("max_kept_tokens", "context_end"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), 1)
+        if not isinstance(self.method_params, Mapping) or any(not isinstance(k, str) for k in self.method_params):
+            raise InvalidInputError(f"method_params must map option names to values, not {self.method_params!r}")
+        object.__setattr__(self, "method_params", MappingProxyType(dict(self.method_params)))
+        object.__setattr__(self, "protected_ranges", _check_ranges(self.protected_ranges))
+
+    @property
+    def keeps_everything(self) -> bool:
+        return self.compression_ratio == 1.0 and self.max_kept_tokens is None
+
+
+def _check_int(name: str, value: Any, low: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise InvalidInputError(f"{name} must be an integer >= {low}, not {value!r}")
+
+
+def _check_ranges(ranges: Any) -> tuple[tuple[int, int], ...]:
+    checked = []
+    for pair in ranges:
+        ok = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(type(x) is int for x in pair)
+        if not ok or not 0 <= pair[0] < pair[1]:
+            raise InvalidInputError(f"protected_ranges must be (begin, end) token pairs with 0 <= begin < end, not {pair!r}")
+        checked.append((pair[0], pair[1]))
+    return tuple(checked)
