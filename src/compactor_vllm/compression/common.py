@@ -16,6 +16,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from compactor_vllm.compression.checks import check_number
 from compactor_vllm.compression.compression_params import CompressionMethod
 
 __all__ = [
@@ -115,8 +116,12 @@ class BaseCompressionMethod:
     Subclass it as a frozen dataclass, override `pre_rope_scoring` and/or `post_rope_scoring`, and register the
     class with `@register("name")`. Tensors that a method receives belong to the engine: read them, never write.
 
+    Attributes:
+        head_floor: fraction, in [0, 1], of the budget that each head keeps by its own ranking before the heads of the
+            layer compete for the rest (AdaKV uses 0.2). Without effect for compression_type "head".
+
     Class attributes:
-        name: registry name, set by `@register`.
+        name: registry name, set by `@register`; a class that is not registered gets the text it was named by.
         mode: "streaming" methods are selected layer by layer during the prefill, so that only kept tokens enter
             pages; "deferred" methods see all layers' scores first (`deferred_keep`), the prompt being admitted at
             its full size.
@@ -125,9 +130,13 @@ class BaseCompressionMethod:
     name: ClassVar[str] = ""
     mode: ClassVar[Literal["streaming", "deferred"]] = "streaming"
 
-    def pre_rope_scoring(
-        self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, context: ScoringContext
-    ) -> Tensor | None:
+    head_floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Checks the options; an override calls `super().__post_init__()` and raises InvalidInputError."""
+        check_number(self, "head_floor", 0.0, 1.0)
+
+    def pre_rope_scoring(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, context: ScoringContext) -> Tensor | None:
         """Scores from states before rotary embedding (after QK-norm).
 
         Args:
@@ -148,9 +157,7 @@ class BaseCompressionMethod:
         """
         return pre_rope_scores_TK
 
-    def decode_scoring(
-        self, q_WHD: Tensor, k_KLD: Tensor, v_KLD: Tensor, context: DecodeScoringContext
-    ) -> Tensor:
+    def decode_scoring(self, q_WHD: Tensor, k_KLD: Tensor, v_KLD: Tensor, context: DecodeScoringContext) -> Tensor:
         """Scores of a running sequence's kept tokens from its last queries: float32 [K, L].
 
         Called every `prune_every` tokens for methods that have it (streaming compression). Rows at or beyond

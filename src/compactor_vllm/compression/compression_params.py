@@ -120,6 +120,8 @@ def _check_ranges(ranges: Any) -> tuple[tuple[int, int], ...]:
     for pair in ranges:
         ok = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(type(x) is int for x in pair)
         if not ok or not 0 <= pair[0] < pair[1]:
-            raise InvalidInputError(f"protected_ranges must be (begin, end) token pairs with 0 <= begin < end, not {pair!r}")
+            raise InvalidInputError(
+                f"protected_ranges must be (begin, end) token pairs with 0 <= begin < end, not {pair!r}"
+            )
         checked.append((pair[0], pair[1]))
     return tuple(checked)

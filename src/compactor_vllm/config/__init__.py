@@ -3,4 +3,6 @@
 from compactor_vllm.config.engine_config import AttentionBackend, LLMConfig
 from compactor_vllm.config.sampling_params import SamplingParams
 
-__all__ = ["AttentionBackend", "LLMConfig", "SamplingParams"]
+EngineConfig = LLMConfig
+
+__all__ = ["AttentionBackend", "EngineConfig", "LLMConfig", "SamplingParams"]

@@ -14,6 +14,16 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerKV:
+    """What a layer stores per token: `kv_heads` keys of `k_dim` and values of `v_dim` elements."""
+
+    kv_heads: int
+    k_dim: int
+    v_dim: int
+    kind: str = "full"
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerCache:
     """Tensors of one layer; views, never copies.
 

@@ -1,0 +1,278 @@
+"""The Triton kernel that attends to shares of the ragged paged cache (the idea is in decode_plan.py).
+
+Shape suffixes: B sequences, H query heads, K KV heads, D head dimension, M rows of a tile, N KV tokens of a tile.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from compactor_vllm.attention.decode_plan_kernel import (
+    ENTRY_PLACE,
+    ENTRY_SORTED,
+    ENTRY_USERS,
+    HEADER,
+    HEADER_BIG,
+    ITEM_BEGIN,
+    ITEM_COST,
+    ITEM_LEN,
+    ITEM_PAIR,
+    ITEM_ROWS,
+)
+
+
+@triton.jit
+def attend_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    entries_ptr,
+    plan_ptr,
+    partial_ptr,
+    lse_ptr,
+    scale_log2e,
+    k_stride,
+    v_stride,
+    num_seqs,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    PAGE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UNIT: tl.constexpr,
+    OVERHEAD: tl.constexpr,
+    PAGE_BY_ROW: tl.constexpr,
+    SCAN: tl.constexpr,
+    BIG: tl.constexpr,
+    SHARED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """One share of a layer's work: every (item, row tile) that cost units [first, last) touch; see decode_plan.py."""
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    USERS: tl.constexpr = BLOCK_M // GROUP
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
+    program = tl.program_id(0)
+    num_entries = num_seqs * SEGMENTS
+    num_x = num_entries * KV_HEADS
+    header_ptr = plan_ptr + (HEADER_BIG if BIG else 0)
+    num_items = tl.load(header_ptr)
+    share = tl.load(header_ptr + 1)
+    total = tl.load(header_ptr + 2)
+    first_row = tl.load(header_ptr + 3) + program * BLOCK_M
+    position = program * share
+    last = tl.minimum(position + share, total)
+    if position >= last:
+        return
+
+    item = _find_item(plan_ptr, position, num_items, num_x, BIG, SCAN)
+    cost, length, begin, pair, rows = _load_item(plan_ptr, item, num_items, num_x, BIG)
+    while position < last:
+        # The next item's words arrive while this one is worked on.
+        cost_next, length_next, begin_next, pair_next, rows_next = _load_item(plan_ptr, item + 1, num_items, num_x, BIG)
+        entry = pair // KV_HEADS
+        users, place = 1, 0
+        if SHARED:
+            users = tl.load(entries_ptr + ENTRY_USERS * num_entries + entry)
+            place = tl.load(entries_ptr + ENTRY_PLACE * num_entries + entry)
+        units = tl.cdiv(length, UNIT)
+        row_tile = (position - cost) // (units + OVERHEAD)
+        zero = cost + row_tile * (units + OVERHEAD) + OVERHEAD
+        first_unit = tl.maximum(position - zero, 0)
+        last_unit = tl.minimum(last - zero, units)
+        if first_unit < last_unit:
+            row = tl.arange(0, BLOCK_M)
+            user = row_tile * USERS + row // GROUP
+            live = (row < USERS * GROUP) & (user < users)
+            if SHARED:
+                user_entry = tl.load(entries_ptr + ENTRY_SORTED * num_entries + place + user, mask=live, other=0)
+            else:
+                user_entry = tl.zeros_like(row) + entry
+            q_row = (user_entry % num_seqs) * HEADS + (pair % KV_HEADS) * GROUP + row % GROUP
+            out_row = (first_row + rows + row_tile * USERS * GROUP + row).to(tl.int64)
+            _attend_piece(
+                q_ptr,
+                k_ptr,
+                v_ptr,
+                table_ptr + begin,
+                partial_ptr,
+                lse_ptr,
+                q_row,
+                out_row,
+                live,
+                first_unit * UNIT,
+                tl.minimum(last_unit * UNIT, length),
+                scale_log2e,
+                k_stride,
+                v_stride,
+                PAGE,
+                D,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_D,
+                UNIT,
+                PAGE_BY_ROW,
+                UPCAST,
+            )
+        position = zero + units
+        if not SHARED or position >= cost + tl.cdiv(users, USERS) * (units + OVERHEAD):
+            item += 1
+            cost, length, begin, pair, rows = cost_next, length_next, begin_next, pair_next, rows_next
+
+
+@triton.jit
+def _find_item(plan_ptr, position, num_items, num_x, BIG: tl.constexpr, SCAN: tl.constexpr):
+    """The last item that begins at or before `position`."""
+    item = -1
+    for start in range(0, num_items, SCAN):
+        i = start + tl.arange(0, SCAN)
+        at = num_x - 1 - i if BIG else i
+        cost = tl.load(plan_ptr + HEADER + ITEM_COST * num_x + at, mask=i < num_items, other=2147483647)
+        item += tl.sum((cost <= position).to(tl.int32), axis=0)
+    return item
+
+
+@triton.jit
+def _load_item(plan_ptr, item, num_items, num_x, BIG: tl.constexpr):
+    """Position, length, first page table entry, (entry, KV head) pair and first row of an item."""
+    at = plan_ptr + HEADER + (num_x - 1 - item if BIG else item)
+    exists = item < num_items
+    cost = tl.load(at + ITEM_COST * num_x, mask=exists, other=0)
+    length = tl.load(at + ITEM_LEN * num_x, mask=exists, other=0)
+    begin = tl.load(at + ITEM_BEGIN * num_x, mask=exists, other=0)
+    pair = tl.load(at + ITEM_PAIR * num_x, mask=exists, other=0)
+    rows = tl.load(at + ITEM_ROWS * num_x, mask=exists, other=0)
+    return cost, length, begin, pair, rows
+
+
+@triton.jit
+def _attend_piece(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    partial_ptr,
+    lse_ptr,
+    q_row,
+    out_row,
+    live,
+    first_token,
+    last_token,
+    scale_log2e,
+    k_stride,
+    v_stride,
+    PAGE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UNIT: tl.constexpr,
+    PAGE_BY_ROW: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Rows `q_row` against tokens [first_token, last_token) of one head: writes the partial result to `out_row`."""
+    d = tl.arange(0, BLOCK_D)
+    live_d = live[:, None] & (d < D)[None, :]
+    q = tl.load(q_ptr + q_row[:, None] * D + d[None, :], mask=live_d, other=0.0)
+    if UPCAST:
+        q = q.to(tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    # With 16 rows the warps lie along the tokens: summing weights over them waits until the end.
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) if BLOCK_M == 16 else tl.zeros([BLOCK_M], tl.float32)
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    first_tile = first_token // BLOCK_N
+    if UNIT % BLOCK_N == 0:
+        # Pieces begin at whole tiles, so that only the last may need a mask.
+        whole = last_token // BLOCK_N
+        acc, total, peak = _attend_tiles(
+            q, k_ptr, v_ptr, table_ptr, acc, total, peak, first_tile, whole, first_token, last_token, scale_log2e,
+            k_stride, v_stride, PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, UPCAST, False,
+        )  # fmt: skip
+        first_tile = tl.maximum(first_tile, whole)
+    acc, total, peak = _attend_tiles(
+        q, k_ptr, v_ptr, table_ptr, acc, total, peak, first_tile, tl.cdiv(last_token, BLOCK_N), first_token,
+        last_token, scale_log2e, k_stride, v_stride, PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, UPCAST, True,
+    )  # fmt: skip
+    if BLOCK_M == 16:
+        total = tl.sum(total, axis=1)
+    tl.store(partial_ptr + out_row[:, None] * D + d[None, :], acc / total[:, None], mask=live_d)
+    tl.store(lse_ptr + out_row, peak + tl.log2(total), mask=live)
+
+
+@triton.jit
+def _attend_tiles(
+    q,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    acc,
+    total,
+    peak,
+    first_tile,
+    last_tile,
+    first_token,
+    last_token,
+    scale_log2e,
+    k_stride,
+    v_stride,
+    PAGE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE_BY_ROW: tl.constexpr,
+    UPCAST: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Online softmax over tiles [first_tile, last_tile). Page ids are loaded one tile ahead of the keys they place."""
+    d = tl.arange(0, BLOCK_D)[None, :]
+    n = tl.arange(0, BLOCK_N)
+    page = _page_ids(table_ptr, first_tile, last_token, PAGE, BLOCK_N, PAGE_BY_ROW)
+    for tile in tl.range(first_tile, last_tile):
+        token = tile * BLOCK_N + n
+        row = token % PAGE if PAGE_BY_ROW else (tile * BLOCK_N) % PAGE + n
+        inside = (token >= first_token) & (token < last_token)
+        mask = d < D
+        if MASKED:
+            mask = mask & inside[:, None]
+        page = page.to(tl.int64)
+        if PAGE_BY_ROW:
+            k_rows = k_ptr + page[:, None] * k_stride
+            v_rows = v_ptr + page[:, None] * v_stride
+        else:
+            k_rows = k_ptr + page * k_stride
+            v_rows = v_ptr + page * v_stride
+        k = tl.load(k_rows + (row[:, None] * D + d), mask=mask, other=0.0)
+        v = tl.load(v_rows + (row[:, None] * D + d), mask=mask, other=0.0)
+        if UPCAST:
+            k, v = k.to(tl.float32), v.to(tl.float32)
+        page = _page_ids(table_ptr, tile + 1, last_token, PAGE, BLOCK_N, PAGE_BY_ROW)
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2e
+        if MASKED:
+            logits = tl.where(inside[None, :], logits, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(logits, axis=1))
+        weights = tl.exp2(logits - new_peak[:, None])
+        decay = tl.exp2(peak - new_peak)
+        if len(total.shape) == 2:
+            total = total * decay[:, None] + weights
+        else:
+            total = total * decay + tl.sum(weights, axis=1)
+        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+        peak = new_peak
+    return acc, total, peak
+
+
+@triton.jit
+def _page_ids(table_ptr, tile, last_token, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_BY_ROW: tl.constexpr):
+    """Page id of a tile, or of each of its rows where tiles span pages; 0 beyond the last token."""
+    token = tile * BLOCK_N
+    if PAGE_BY_ROW:
+        token = token + tl.arange(0, BLOCK_N)
+    return tl.load(table_ptr + token // PAGE, mask=token < last_token, other=0)

@@ -1,0 +1,122 @@
+"""Tile shapes of the decode kernels, by card, element size and head dimension."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+
+from compactor_vllm.errors import InvalidInputError
+
+__all__ = ["DecodeConfig", "TileConfig", "default_decode_config", "multiprocessors"]
+
+# Cards that give one block less than 128 KiB of shared memory.
+_SMALL_SHARED_MEMORY = ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1))
+# On a CPU the interpreter runs programs one after another; few of them still exercise every cut.
+_INTERPRETER_MULTIPROCESSORS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileConfig:
+    """How one attend kernel cuts its work.
+
+    Attributes:
+        block_m: query rows of a tile (16 for private segments).
+        block_n: KV tokens of a tile; lowered where it does not divide the page.
+        num_warps, num_stages: of a program.
+        programs_per_sm: persistent programs per multiprocessor.
+        unit: tokens per unit of cost; shares are cut at units. Where `block_n` divides it, tiles are cut whole.
+        overhead: units that beginning a piece of work costs, besides its tokens.
+        min_share: least units of a share, so that small caches are not cut into crumbs.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int
+    unit: int = 16
+    overhead: int = 4
+    min_share: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("block_m", "block_n"):
+            size = getattr(self, name)
+            if size < 16 or size & (size - 1):
+                raise InvalidInputError(f"{name} must be a power of two of at least 16, not {size}")
+        for name in ("num_warps", "num_stages", "programs_per_sm", "unit", "min_share"):
+            if getattr(self, name) < 1:
+                raise InvalidInputError(f"{name} must be positive, not {getattr(self, name)}")
+        if self.overhead < 0:
+            raise InvalidInputError(f"overhead must not be negative, not {self.overhead}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """Configuration of decode attention.
+
+    Attributes:
+        small: tiles of segments whose rows fit 16 (a private segment's always do).
+        big: tiles of segments that many sequences share.
+        merge_warps: warps of a merging program.
+        dependent_launch: start each kernel's prologue while the one before drains (sm_90 and newer).
+    """
+
+    small: TileConfig
+    big: TileConfig
+    merge_warps: int = 4
+    dependent_launch: bool = False
+
+
+def default_decode_config(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> DecodeConfig:
+    """A configuration that fits the card's registers and shared memory.
+
+    Args:
+        capability: compute capability; (0, 0) for the interpreter.
+        dtype: of the cache.
+        head_dim: D.
+    """
+    row_bytes = _padded(head_dim) * dtype.itemsize
+    roomy = capability not in _SMALL_SHARED_MEMORY
+    small = TileConfig(
+        block_m=16,
+        block_n=_block_n(row_bytes, 16384 if roomy else 8192),
+        num_warps=4,
+        num_stages=3,
+        programs_per_sm=2,
+    )
+    if dtype == torch.float32:
+        big = TileConfig(block_m=32, block_n=16, num_warps=4, num_stages=2, programs_per_sm=2, unit=64)
+    else:
+        big = TileConfig(
+            block_m=128 if roomy and head_dim <= 128 else 64,
+            block_n=_block_n(row_bytes, 16384 if roomy else 8192),
+            num_warps=8 if roomy and head_dim <= 128 else 4,
+            num_stages=3 if roomy else 2,
+            programs_per_sm=1,
+            unit=64,
+            overhead=1,
+            min_share=2,
+        )
+    if capability == (0, 0):
+        small = replace(small, block_n=32)
+        big = replace(big, block_m=32, block_n=32)
+    return DecodeConfig(small=small, big=big)
+
+
+def _block_n(row_bytes: int, tile_bytes: int) -> int:
+    """Tokens of a K tile of at most `tile_bytes`, between 16 and 64."""
+    return max(16, min(64, tile_bytes // row_bytes))
+
+
+def _padded(size: int) -> int:
+    return max(16, 1 << (size - 1).bit_length())
+
+
+@lru_cache(maxsize=64)
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a small number for the interpreter on a CPU."""
+    if device.type != "cuda":
+        return _INTERPRETER_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,82 @@
+"""Tile shapes of the prefill kernel, by card, element size and head dimension."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from compactor_vllm.attention.dispatch import choose_prefill_kernel
+from compactor_vllm.errors import InvalidInputError
+
+__all__ = ["PrefillConfig", "default_prefill_config", "padded_head_dim"]
+
+# Cards that give one block less than 128 KiB of shared memory.
+_SMALL_SHARED_MEMORY = ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillConfig:
+    """How the prefill kernel cuts its work.
+
+    Attributes:
+        block_m: query rows of a program.
+        block_n: tokens of a K or V tile.
+        num_warps, num_stages: of a program; a stage is one K and one V tile in shared memory.
+        tma: copy tiles with the bulk copy engine (sm_90 and newer).
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("block_m", "block_n"):
+            size = getattr(self, name)
+            if size < 16 or size & (size - 1):
+                raise InvalidInputError(f"{name} must be a power of two of at least 16, not {size}")
+        for name in ("num_warps", "num_stages"):
+            if getattr(self, name) < 1:
+                raise InvalidInputError(f"{name} must be positive, not {getattr(self, name)}")
+
+
+def default_prefill_config(
+    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, page_size: int | None = None
+) -> PrefillConfig:
+    """A configuration that fits the card's registers and shared memory.
+
+    Args:
+        capability: compute capability; (0, 0) for the interpreter.
+        dtype: of queries, keys and values.
+        head_dim: D.
+        page_size: rows of a page of the prefix, or None where there is none.
+    """
+    tma = choose_prefill_kernel(capability, dtype, head_dim, page_size, page_size is not None) == "triton_tma"
+    config = replace(_tiles(capability, dtype, padded_head_dim(head_dim)), tma=tma)
+    if page_size is not None and page_size < config.block_n and tma:
+        return replace(config, block_n=page_size)
+    return config
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """D of the kernel's tiles: the next power of two, at least 16."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def _tiles(capability: tuple[int, int], dtype: torch.dtype, block_d: int) -> PrefillConfig:
+    def config(block_m: int, block_n: int, num_warps: int, num_stages: int) -> PrefillConfig:
+        return PrefillConfig(block_m=block_m, block_n=block_n, num_warps=num_warps, num_stages=num_stages)
+
+    if capability == (0, 0):
+        return config(32, 32, 4, 1)
+    if dtype == torch.float32:
+        return config(64 if block_d <= 64 else 32, 32 if block_d <= 64 else 16, 4, 2 if block_d <= 128 else 1)
+    if capability in _SMALL_SHARED_MEMORY:
+        return config(128, 64, 8, 2) if block_d <= 128 else config(64, 32, 4, 2)
+    if capability < (9, 0):
+        return config(128, 64, 8, 3) if block_d <= 128 else config(64, 32, 4, 2)
+    if block_d <= 128:
+        return config(128, 128, 8, 3)
+    return config(128, 64, 8, 2)

@@ -1,0 +1,59 @@
+"""How kernels cut a batch of sequences into blocks, without the host knowing the lengths.
+
+A sequence is cut into units (chunks) of `unit` tokens, the last one shorter, and every unit into blocks of BLOCK
+tokens. Blocks are numbered through the batch; the host launches as many as there can be at most.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+WHOLE = 1 << 30
+"""A unit that no sequence exceeds."""
+
+
+def max_blocks(num_tokens: int, num_seqs: int, block: int, unit: int = WHOLE) -> int:
+    """Upper bound of the number of blocks; every sequence has at least one.
+
+    Full units have ceil(unit / block) blocks each; the rest of a sequence, and an empty one, at most that many.
+    """
+    if unit >= WHOLE:
+        return num_tokens // block + num_seqs
+    return (num_tokens // unit + num_seqs) * triton.cdiv(unit, block)
+
+
+@triton.jit
+def locate_block(index, cu_seqlens_ptr, num_seqs, unit, BLOCK: tl.constexpr):
+    """Sequence of block `index` and the number of that sequence's first block.
+
+    The sequence is `num_seqs` for an index beyond the last block.
+    """
+    sequence = 0
+    first_block = 0
+    seen = 0
+    per_unit = (unit + BLOCK - 1) // BLOCK
+    for start in range(0, num_seqs, 128):
+        lane = start + tl.arange(0, 128)
+        valid = lane < num_seqs
+        begin = tl.load(cu_seqlens_ptr + lane, mask=valid, other=0)
+        length = tl.load(cu_seqlens_ptr + lane + 1, mask=valid, other=0) - begin
+        blocks = (length // unit) * per_unit + (length % unit + BLOCK - 1) // BLOCK
+        blocks = tl.where(valid, tl.maximum(blocks, 1), 0)
+        ends = seen + tl.cumsum(blocks, 0)
+        passed = valid & (ends <= index)
+        sequence += tl.sum(passed.to(tl.int32), 0)
+        first_block = tl.maximum(first_block, tl.max(tl.where(passed, ends, 0), 0))
+        seen += tl.sum(blocks, 0)
+    return sequence, first_block
+
+
+@triton.jit
+def block_tokens(block, first_token, length, unit, BLOCK: tl.constexpr):
+    """Half-open token range [begin, end) of block number `block` of a sequence."""
+    per_unit = (unit + BLOCK - 1) // BLOCK
+    unit_index = block // per_unit
+    unit_begin = unit_index * unit
+    begin = tl.minimum(unit_begin + (block % per_unit) * BLOCK, length)
+    end = tl.minimum(tl.minimum(begin + BLOCK, unit_begin + unit), length)
+    return first_token + begin, first_token + tl.maximum(begin, end)

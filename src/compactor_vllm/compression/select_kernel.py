@@ -1,0 +1,427 @@
+"""Triton version of `selection.select_tokens`: an exact radix select that never asks the host.
+
+Every (token, head) pair has a 32-bit key that sorts like its score (NaN lowest, -0.0 equal to 0.0); protected pairs
+have a key of their own above all scores. Three histograms (11, 11 and 10 bits) find the key of the last pair that is
+kept, and how many pairs with just that key are kept: the first ones in (token, head) order. A fourth pass counts per
+block of tokens and head, a fifth writes. Only integer atomics: the result is the same in every run.
+
+A *group* is what competes: a sequence, or with `per_head` a (sequence, head). A floor is a selection per head whose
+winners count as protected in the global one.
+
+Shape suffixes: T tokens of the call, B sequences, K KV heads, N pairs that are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from compactor_vllm.compression.kernel_blocks import locate_block, max_blocks
+from compactor_vllm.errors import InvalidInputError
+from compactor_vllm.kv_cache.checks import check_tensor
+
+_TILE = 2048  # pairs that a program looks at
+_BINS: tl.constexpr = tl.constexpr(2048)
+_MAX_HEADS = 64
+
+
+def select_tokens(
+    scores_TK: Tensor,
+    cu_seqlens_B1: Tensor,
+    keep_B: Tensor,
+    protected_T: Tensor,
+    total_pairs: int,
+    *,
+    per_head: bool = False,
+    floor_B: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `selection.select_tokens`. Six launches (eleven with a floor), no host synchronisation.
+
+    Budgets are on the device and are not read: `keep_B` must lie between a sequence's protected tokens and its
+    length, and `total_pairs` must be their sum times K. A call that breaks this gets meaningless pairs.
+
+    Raises:
+        InvalidInputError: a shape, dtype or device is wrong, or there are more than 64 heads.
+    """
+    num_seqs = _check(scores_TK, cu_seqlens_B1, keep_B, protected_T, total_pairs, floor_B)
+    device, num_kv_heads = scores_TK.device, scores_TK.shape[1]
+    kept_idx = torch.empty(total_pairs, dtype=torch.int32, device=device)
+    counts_BK = torch.zeros(num_seqs, num_kv_heads, dtype=torch.int32, device=device)
+    if total_pairs == 0:
+        return kept_idx, counts_BK
+    search = _Search(scores_TK, cu_seqlens_B1, protected_T, num_seqs)
+    floor = None
+    if floor_B is not None and not per_head:
+        limit_B = torch.minimum(floor_B, keep_B)
+        search.run(limit_B, per_head=True, floor=None)
+        floor = search.cut()
+    search.run(keep_B, per_head=per_head, floor=floor)
+    search.write(keep_B, kept_idx, counts_BK, total_pairs)
+    return kept_idx, counts_BK
+
+
+class _Search:
+    """The launches of one call and their workspace."""
+
+    def __init__(self, scores_TK: Tensor, cu_seqlens_B1: Tensor, protected_T: Tensor, num_seqs: int):
+        self.inputs = (scores_TK, protected_T, cu_seqlens_B1)
+        self.num_tokens, self.num_kv_heads = scores_TK.shape
+        self.num_seqs, self.device = num_seqs, scores_TK.device
+
+    def run(self, keep_B: Tensor, *, per_head: bool, floor: Tensor | None) -> None:
+        """Finds the last kept key of every group, and counts pairs above and at it per block and head."""
+        heads = 1 if per_head else self.num_kv_heads
+        self.splits = self.num_kv_heads // heads
+        padded = triton.next_power_of_2(heads)
+        block = max(16, _TILE // padded)
+        self.blocks = max_blocks(self.num_tokens, self.num_seqs, block)
+        groups = self.num_seqs * self.splits
+        self.histograms = torch.zeros(3, groups, _BINS.value, dtype=torch.int32, device=self.device)
+        self.limits = torch.empty(groups, 2, dtype=torch.int32, device=self.device)
+        self.tallies = torch.empty(self.blocks, self.num_kv_heads, 2, dtype=torch.int32, device=self.device)
+        self.floor = floor
+        self.constants = {
+            "NUM_KV_HEADS": self.num_kv_heads,
+            "HEADS": heads,
+            "HEADS_PADDED": padded,
+            "BLOCK": block,
+            "HAS_FLOOR": floor is not None,
+        }
+        floor = self.limits if floor is None else floor
+        common = (*self.inputs, floor, keep_B, self.histograms, self.num_seqs, groups)
+        for digit in range(3):
+            _histogram_kernel[(self.blocks, self.splits)](*common, **self.constants, DIGIT=digit, num_warps=4)
+        _tally_kernel[(self.blocks, self.splits)](*common, self.limits, self.tallies, **self.constants, num_warps=4)
+
+    def cut(self) -> Tensor:
+        """After `run(per_head=True)`: int32 [B, K, 2], key of each head's last kept token, and that token."""
+        cuts = torch.empty(self.num_seqs, self.num_kv_heads, 2, dtype=torch.int32, device=self.device)
+        _floor_cut_kernel[(self.num_seqs, self.num_kv_heads)](
+            *self.inputs, self.limits, self.tallies, cuts, self.num_seqs, **self._constants_without_heads(), num_warps=4
+        )
+        return cuts
+
+    def write(self, keep_B: Tensor, kept_idx: Tensor, counts_BK: Tensor, total_pairs: int) -> None:
+        floor = self.limits if self.floor is None else self.floor
+        _write_kernel[(self.blocks, self.splits)](
+            *self.inputs,
+            floor,
+            keep_B,
+            self.limits,
+            self.tallies,
+            kept_idx,
+            counts_BK,
+            self.num_seqs,
+            total_pairs,
+            **self.constants,
+            SCAN=max(16, 1024 // self.constants["HEADS_PADDED"]),
+            num_warps=4,
+        )
+
+    def _constants_without_heads(self) -> dict[str, int]:
+        return {"NUM_KV_HEADS": self.num_kv_heads, "BLOCK": self.constants["BLOCK"], "SCAN": 1024}
+
+
+def _check(
+    scores_TK: Tensor,
+    cu_seqlens_B1: Tensor,
+    keep_B: Tensor,
+    protected_T: Tensor,
+    total_pairs: int,
+    floor_B: Tensor | None,
+) -> int:
+    check_tensor("scores_TK", scores_TK, (None, None), (torch.float32,))
+    num_tokens, num_kv_heads = scores_TK.shape
+    device, integers = scores_TK.device, (torch.int32, torch.int64)
+    if not 1 <= num_kv_heads <= _MAX_HEADS:
+        raise InvalidInputError(f"scores_TK must have 1 to {_MAX_HEADS} KV heads, not {num_kv_heads}")
+    check_tensor("keep_B", keep_B, (None,), integers, device)
+    num_seqs = keep_B.shape[0]
+    check_tensor("cu_seqlens_B1", cu_seqlens_B1, (num_seqs + 1,), (torch.int32,), device)
+    check_tensor("protected_T", protected_T, (num_tokens,), (torch.bool,), device)
+    if floor_B is not None:
+        check_tensor("floor_B", floor_B, (num_seqs,), integers, device)
+    if isinstance(total_pairs, bool) or not isinstance(total_pairs, int) or total_pairs < 0:
+        raise InvalidInputError(f"total_pairs must be a non-negative integer, not {total_pairs!r}")
+    if total_pairs > num_tokens * num_kv_heads or total_pairs % num_kv_heads:
+        raise InvalidInputError(
+            f"total_pairs must be a multiple of {num_kv_heads} heads, at most {num_tokens * num_kv_heads}, "
+            f"not {total_pairs}"
+        )
+    return num_seqs
+
+
+@triton.jit
+def _tile_keys(
+    scores_ptr, protected_ptr, floor_ptr, sequence, begin, end, first_head,
+    NUM_KV_HEADS: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_FLOOR: tl.constexpr,
+):  # fmt: skip
+    """uint32 keys [BLOCK, HEADS_PADDED] of tokens begin.. and heads first_head.., and which of them exist."""
+    token = begin + tl.arange(0, BLOCK)
+    lane = tl.arange(0, HEADS_PADDED)
+    head = first_head + lane
+    valid = (token < end)[:, None] & (lane < HEADS)[None, :]
+    place = token.to(tl.int64)[:, None] * NUM_KV_HEADS + head[None, :]
+    score = tl.load(scores_ptr + place, mask=valid, other=0.0)
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
+    key = tl.where(bits < 0, ~bits, bits | -2147483648).to(tl.uint32, bitcast=True)
+    top = tl.full((BLOCK, HEADS_PADDED), 0xFFFFFFFF, tl.uint32)
+    key = tl.where(score != score, top ^ top, key)
+    forced = tl.load(protected_ptr + token, mask=token < end, other=0).to(tl.int1)
+    key = tl.where(forced[:, None], top, key)
+    if HAS_FLOOR:
+        cell = (sequence * NUM_KV_HEADS + head) * 2
+        floor_key = tl.load(floor_ptr + cell, mask=lane < HEADS, other=-1).to(tl.uint32, bitcast=True)[None, :]
+        floor_token = tl.load(floor_ptr + cell + 1, mask=lane < HEADS, other=-1)
+        wins = (key > floor_key) | ((key == floor_key) & (token[:, None] <= floor_token[None, :]))
+        key = tl.where(wins, top, key)
+    return key, valid
+
+
+@triton.jit
+def _find_digit(histogram_ptr, need):
+    """The bin in which the `need`-th largest pair lies, and how many pairs lie in the bins above."""
+    counts = tl.load(histogram_ptr + tl.arange(0, _BINS))
+    from_here = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts
+    reached = from_here >= need
+    above = tl.max(tl.where(reached, 0, from_here), 0)
+    return tl.maximum(tl.sum(reached.to(tl.int32), 0) - 1, 0), above
+
+
+@triton.jit
+def _find_limit(histograms_ptr, groups, group, need, DIGITS: tl.constexpr):
+    """Leading digits of the `need`-th largest key (int32 bits), and how many pairs with these digits are needed."""
+    limit = 0
+    for digit in tl.static_range(DIGITS):
+        found, above = _find_digit(histograms_ptr + (digit * groups + group).to(tl.int64) * _BINS, need)
+        need -= above
+        limit = (limit << (10 if digit == 2 else 11)) | found
+    return limit, need
+
+
+@triton.jit
+def _histogram_kernel(
+    scores_ptr, protected_ptr, cu_seqlens_ptr, floor_ptr, keep_ptr, histograms_ptr, num_seqs, groups,
+    NUM_KV_HEADS: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_FLOOR: tl.constexpr, DIGIT: tl.constexpr,
+):  # fmt: skip
+    """Adds a tile's pairs to the histogram of digit DIGIT, those whose earlier digits are the limit's."""
+    sequence, first_block = locate_block(tl.program_id(0), cu_seqlens_ptr, num_seqs, 1 << 30, BLOCK)
+    if sequence < num_seqs:
+        split = tl.program_id(1)
+        group = sequence * (NUM_KV_HEADS // HEADS) + split
+        need = tl.load(keep_ptr + sequence).to(tl.int32) * HEADS
+        begin = tl.load(cu_seqlens_ptr + sequence) + (tl.program_id(0) - first_block) * BLOCK
+        end = tl.load(cu_seqlens_ptr + sequence + 1)
+        key, valid = _tile_keys(
+            scores_ptr, protected_ptr, floor_ptr, sequence, begin, end, split * HEADS,
+            NUM_KV_HEADS, HEADS, HEADS_PADDED, BLOCK, HAS_FLOOR,
+        )  # fmt: skip
+        if DIGIT > 0:
+            limit, need = _find_limit(histograms_ptr, groups, group, need, DIGIT)
+            leading = (key >> (21 if DIGIT == 1 else 10)).to(tl.int32, bitcast=True)
+            valid = valid & (leading == limit)
+        if DIGIT == 0:
+            digit = key >> 21
+        elif DIGIT == 1:
+            digit = (key >> 10) & 2047
+        else:
+            digit = key & 1023
+        digit = tl.reshape(digit.to(tl.int32), (BLOCK * HEADS_PADDED,))
+        counts = tl.histogram(digit, _BINS, mask=tl.reshape(valid, (BLOCK * HEADS_PADDED,)))
+        target = histograms_ptr + (DIGIT * groups + group).to(tl.int64) * _BINS + tl.arange(0, _BINS)
+        tl.atomic_add(target, counts, mask=counts > 0, sem="relaxed")
+
+
+@triton.jit
+def _tally_kernel(
+    scores_ptr, protected_ptr, cu_seqlens_ptr, floor_ptr, keep_ptr, histograms_ptr, num_seqs, groups,
+    limits_ptr, tallies_ptr,
+    NUM_KV_HEADS: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_FLOOR: tl.constexpr,
+):  # fmt: skip
+    """Per block and head: pairs above the limit, and at it. The first block of a group records the limit."""
+    block = tl.program_id(0)
+    sequence, first_block = locate_block(block, cu_seqlens_ptr, num_seqs, 1 << 30, BLOCK)
+    if sequence < num_seqs:
+        split = tl.program_id(1)
+        group = sequence * (NUM_KV_HEADS // HEADS) + split
+        keep = tl.load(keep_ptr + sequence).to(tl.int32) * HEADS
+        limit, need = _find_limit(histograms_ptr, groups, group, keep, 3)
+        limit = tl.where(keep > 0, limit, -1)
+        need = tl.where(keep > 0, need, 0)
+        begin = tl.load(cu_seqlens_ptr + sequence) + (block - first_block) * BLOCK
+        end = tl.load(cu_seqlens_ptr + sequence + 1)
+        key, valid = _tile_keys(
+            scores_ptr, protected_ptr, floor_ptr, sequence, begin, end, split * HEADS,
+            NUM_KV_HEADS, HEADS, HEADS_PADDED, BLOCK, HAS_FLOOR,
+        )  # fmt: skip
+        limit_key = limit.to(tl.uint32, bitcast=True)
+        above = tl.sum((valid & (key > limit_key)).to(tl.int32), 0)
+        equal = tl.sum((valid & (key == limit_key)).to(tl.int32), 0)
+        lane = tl.arange(0, HEADS_PADDED)
+        target = tallies_ptr + (block.to(tl.int64) * NUM_KV_HEADS + split * HEADS + lane) * 2
+        tl.store(target, above, mask=lane < HEADS)
+        tl.store(target + 1, equal, mask=lane < HEADS)
+        if block == first_block:
+            tl.store(limits_ptr + group * 2, limit)
+            tl.store(limits_ptr + group * 2 + 1, need)
+
+
+@triton.jit
+def _scan_tallies(
+    tallies_ptr, first_block, num_blocks, me, first_head, need,
+    NUM_KV_HEADS: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, SCAN: tl.constexpr,
+):  # fmt: skip
+    """Sums over a group's blocks.
+
+    Returns:
+        cut: the block with the `need`-th pair at the limit; earlier ones keep all of theirs, later ones none.
+        rest: how many of its pairs at the limit the cut block keeps.
+        total, before: [HEADS_PADDED], pairs kept by all blocks, and by those before block `me`; the cut block's pairs
+            at the limit are not in them.
+    """
+    lane = tl.arange(0, HEADS_PADDED)
+    total = tl.zeros((HEADS_PADDED,), tl.int32)
+    before = tl.zeros((HEADS_PADDED,), tl.int32)
+    cut = 0
+    taken = 0
+    seen = 0
+    for start in range(0, num_blocks, SCAN):
+        block = start + tl.arange(0, SCAN)
+        valid = (block < num_blocks)[:, None] & (lane < HEADS)[None, :]
+        source = (
+            tallies_ptr + ((first_block + block).to(tl.int64)[:, None] * NUM_KV_HEADS + first_head + lane[None, :]) * 2
+        )
+        above = tl.load(source, mask=valid, other=0)
+        equal = tl.load(source + 1, mask=valid, other=0)
+        ends = seen + tl.cumsum(tl.sum(equal, 1), 0)
+        whole = (ends < need) & (block < num_blocks)
+        kept = above + tl.where(whole[:, None], equal, 0)
+        total += tl.sum(kept, 0)
+        before += tl.sum(tl.where((block < me)[:, None], kept, 0), 0)
+        cut += tl.sum(whole.to(tl.int32), 0)
+        taken = tl.maximum(taken, tl.max(tl.where(whole, ends, 0), 0))
+        seen += tl.sum(tl.sum(equal, 1), 0)
+    return cut, need - taken, total, before
+
+
+@triton.jit
+def _order_in_tile(flags):
+    """Number of earlier flags in (token, head) order, int32 of the same [BLOCK, HEADS_PADDED]."""
+    flags = flags.to(tl.int32)
+    rows = tl.sum(flags, 1)
+    return (tl.cumsum(rows, 0) - rows)[:, None] + tl.cumsum(flags, 1) - flags
+
+
+@triton.jit
+def _floor_cut_kernel(
+    scores_ptr, protected_ptr, cu_seqlens_ptr, limits_ptr, tallies_ptr, cuts_ptr, num_seqs,
+    NUM_KV_HEADS: tl.constexpr, BLOCK: tl.constexpr, SCAN: tl.constexpr,
+):  # fmt: skip
+    """One program a (sequence, head): key and token of the last pair inside the head's floor."""
+    sequence = tl.program_id(0)
+    head = tl.program_id(1)
+    first_block = 0
+    for start in range(0, sequence, 128):
+        lane = start + tl.arange(0, 128)
+        earlier = lane < sequence
+        length = tl.load(cu_seqlens_ptr + lane + 1, mask=earlier, other=0)
+        length -= tl.load(cu_seqlens_ptr + lane, mask=earlier, other=0)
+        first_block += tl.sum(tl.where(earlier, tl.maximum((length + BLOCK - 1) // BLOCK, 1), 0), 0)
+    begin = tl.load(cu_seqlens_ptr + sequence)
+    end = tl.load(cu_seqlens_ptr + sequence + 1)
+    num_blocks = tl.maximum((end - begin + BLOCK - 1) // BLOCK, 1)
+    group = sequence * NUM_KV_HEADS + head
+    limit = tl.load(limits_ptr + group * 2)
+    need = tl.load(limits_ptr + group * 2 + 1)
+    cut, rest, _, _ = _scan_tallies(tallies_ptr, first_block, num_blocks, 0, head, need, NUM_KV_HEADS, 1, 1, SCAN)
+    begin += cut * BLOCK
+    key, valid = _tile_keys(
+        scores_ptr, protected_ptr, limits_ptr, sequence, begin, end, head, NUM_KV_HEADS, 1, 1, BLOCK, False
+    )
+    equal = valid & (key == limit.to(tl.uint32, bitcast=True))
+    token = begin + tl.arange(0, BLOCK)
+    last = tl.max(tl.max(tl.where(equal & (_order_in_tile(equal) < rest), token[:, None], -1), 1), 0)
+    tl.store(cuts_ptr + group * 2, limit)
+    tl.store(cuts_ptr + group * 2 + 1, last)
+
+
+@triton.jit
+def _write_kernel(
+    scores_ptr, protected_ptr, cu_seqlens_ptr, floor_ptr, keep_ptr, limits_ptr, tallies_ptr, kept_ptr, counts_ptr,
+    num_seqs, total_pairs,
+    NUM_KV_HEADS: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_FLOOR: tl.constexpr, SCAN: tl.constexpr,
+):  # fmt: skip
+    """Writes the kept tokens of a tile; where they go follows from the tallies of all blocks."""
+    block = tl.program_id(0)
+    sequence, first_block = locate_block(block, cu_seqlens_ptr, num_seqs, 1 << 30, BLOCK)
+    if sequence < num_seqs:
+        first_head = tl.program_id(1) * HEADS
+        group = sequence * (NUM_KV_HEADS // HEADS) + tl.program_id(1)
+        limit_key = tl.load(limits_ptr + group * 2).to(tl.uint32, bitcast=True)
+        need = tl.load(limits_ptr + group * 2 + 1)
+        first_token = tl.load(cu_seqlens_ptr + sequence)
+        end = tl.load(cu_seqlens_ptr + sequence + 1)
+        num_blocks = tl.maximum((end - first_token + BLOCK - 1) // BLOCK, 1)
+        me = block - first_block
+        cut, rest, total, before = _scan_tallies(
+            tallies_ptr, first_block, num_blocks, me, first_head, need, NUM_KV_HEADS, HEADS, HEADS_PADDED, SCAN
+        )
+        key, valid = _tile_keys(
+            scores_ptr, protected_ptr, floor_ptr, sequence, first_token + cut * BLOCK, end, first_head,
+            NUM_KV_HEADS, HEADS, HEADS_PADDED, BLOCK, HAS_FLOOR,
+        )  # fmt: skip
+        equal = valid & (key == limit_key)
+        partial = tl.sum((equal & (_order_in_tile(equal) < rest)).to(tl.int32), 0)
+        total += partial
+        before += tl.where(cut < me, partial, 0)
+        begin = first_token + me * BLOCK
+        key, valid = _tile_keys(
+            scores_ptr, protected_ptr, floor_ptr, sequence, begin, end, first_head,
+            NUM_KV_HEADS, HEADS, HEADS_PADDED, BLOCK, HAS_FLOOR,
+        )  # fmt: skip
+        equal = valid & (key == limit_key)
+        equal = equal & ((me < cut) | ((me == cut) & (_order_in_tile(equal) < rest)))
+        kept = equal | (valid & (key > limit_key))
+        lane = tl.arange(0, HEADS_PADDED)
+        pair = 0
+        for start in range(0, sequence, 128):
+            earlier = start + tl.arange(0, 128)
+            pair += tl.sum(tl.load(keep_ptr + earlier, mask=earlier < sequence, other=0).to(tl.int32), 0)
+        pair = pair * NUM_KV_HEADS + first_head * tl.load(keep_ptr + sequence).to(tl.int32)
+        pair += tl.cumsum(total, 0) - total + before
+        flags = kept.to(tl.int32)
+        target = pair[None, :] + tl.cumsum(flags, 0) - flags
+        token = (begin + tl.arange(0, BLOCK))[:, None] + tl.zeros((1, HEADS_PADDED), tl.int32)
+        tl.store(kept_ptr + target, token, mask=kept & (target < total_pairs))
+        if me == 0:
+            tl.store(counts_ptr + sequence * NUM_KV_HEADS + first_head + lane, total, mask=lane < HEADS)
+
+
+def aot_signatures() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int, str]]:
+    """Configurations for ahead-of-time compilation: (kernel, signature, constexprs, warps, stages, label)."""
+    special = {"scores_ptr": "*fp32", "protected_ptr": "*i1"}
+    for heads, num_kv_heads in ((8, 8), (1, 8), (4, 4), (2, 2)):
+        padded = triton.next_power_of_2(heads)
+        block = max(16, _TILE // padded)
+        shape = {"NUM_KV_HEADS": num_kv_heads, "HEADS": heads, "HEADS_PADDED": padded, "BLOCK": block}
+        runs: list[tuple[Any, dict[str, Any]]] = [
+            (_histogram_kernel, {**shape, "HAS_FLOOR": False, "DIGIT": digit}) for digit in range(3)
+        ]
+        runs.append((_tally_kernel, {**shape, "HAS_FLOOR": False}))
+        runs.append((_write_kernel, {**shape, "HAS_FLOOR": False, "SCAN": max(16, 1024 // padded)}))
+        if heads == 1:
+            runs.append((_floor_cut_kernel, {"NUM_KV_HEADS": num_kv_heads, "BLOCK": block, "SCAN": 1024}))
+        for kernel, constants in runs:
+            names = [name for name in kernel.arg_names if name not in constants]
+            signature = {name: special.get(name) or ("*i32" if name.endswith("_ptr") else "i32") for name in names}
+            digit = f" digit {constants['DIGIT']}" if "DIGIT" in constants else ""
+            yield kernel, signature, constants, 4, 1, f"{kernel.__name__} {heads} of {num_kv_heads} heads{digit}"

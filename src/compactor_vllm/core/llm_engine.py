@@ -1,0 +1,350 @@
+"""The public engine: prompts in, answers out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as SequenceOf
+from typing import Any
+
+from compactor_vllm.compression.compression_params import BatchCompressionParams, SequenceCompressionParams
+from compactor_vllm.config import LLMConfig, SamplingParams
+from compactor_vllm.core.build import build_engine
+from compactor_vllm.core.chat import Message, chat_prompt
+from compactor_vllm.core.detokenizer import IncrementalDetokenizer
+from compactor_vllm.core.planning import check_tokens, plan_method, plan_parts, warn_without_effect
+from compactor_vllm.core.request import Request
+from compactor_vllm.errors import EngineClosedError, InvalidInputError, MissingDependencyError, RequestError
+from compactor_vllm.layers.penalties import TokenCounts, has_penalties
+from compactor_vllm.utils.arguments import per_input
+from compactor_vllm.utils.helpers import batch_progress, derive_seed
+from compactor_vllm.utils.sequence import Sequence, StreamChunk
+
+Prompt = str | SequenceOf[int]
+"""Text, or token ids."""
+
+
+class LLM:
+    """An engine with a model in it.
+
+    Use it as a context manager, or call `close()`, to give its memory back.
+
+    Args:
+        config: see `LLMConfig`.
+
+    Raises:
+        ConfigError, CheckpointError, MissingDependencyError: what cannot work here, and what would.
+    """
+
+    def __init__(self, config: LLMConfig):
+        if not isinstance(config, LLMConfig):
+            raise InvalidInputError(f"LLM takes an LLMConfig, as in LLM(LLMConfig(model=...)), not {config!r}")
+        self.config = config
+        parts = build_engine(config)
+        self.tokenizer, self.spec, self.max_model_len = parts.tokenizer, parts.spec, parts.max_model_len
+        self._parts, self._engine, self._arrivals = parts, parts.engine, 0
+        self._closed = False
+
+    # ---- generation ----------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        batch_compression_params: BatchCompressionParams | None = None,
+        per_sequence_compression_params: SequenceCompressionParams | SequenceOf[SequenceCompressionParams] | None = None,
+        return_sequences: bool = False,
+    ) -> Any:
+        """Continues prompts.
+
+        Args:
+            prompts: one prompt or a list; text or token ids.
+            sampling_params, per_sequence_compression_params: one object for all, or a list, one each.
+            batch_compression_params: method and options of the call.
+            return_sequences: return `Sequence` objects instead of strings.
+
+        Returns:
+            answers in the order of the prompts (one prompt: one answer; n > 1: a list per prompt).
+
+        Raises:
+            RequestError: an input is wrong; the message names its index. Nothing has run.
+        """
+        single = isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(p, int) for p in prompts))
+        inputs = [prompts] if single else list(prompts)
+        batch = batch_compression_params or BatchCompressionParams()
+        samplings = per_input("sampling_params", sampling_params, SamplingParams, len(inputs))
+        compressions = per_input(
+            "per_sequence_compression_params", per_sequence_compression_params, SequenceCompressionParams, len(inputs)
+        )
+        sequences = [
+            Sequence(
+                prompt_token_ids=self._encode(prompt, None if single else i),
+                sampling_params=samplings[i],
+                compression_params=compressions[i],
+                batch_compression_params=batch,
+            )
+            for i, prompt in enumerate(inputs)
+        ]
+        return self._answers(self._run(sequences, single), single, return_sequences)
+
+    def generate_chat(
+        self,
+        messages_batch: SequenceOf[Message] | SequenceOf[SequenceOf[Message]],
+        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        batch_compression_params: BatchCompressionParams | None = None,
+        per_sequence_compression_params: SequenceCompressionParams | SequenceOf[SequenceCompressionParams] | None = None,
+        return_sequences: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Answers conversations (lists of role/content messages) in the model's own chat template.
+
+        The last user message is protected from compression where it fits into the budget. `context_end` of the
+        compression parameters is a message index here.
+
+        Args, returns and raises: as `generate`; `chat_template_kwargs` are given to the template.
+        """
+        single = len(messages_batch) > 0 and all(isinstance(m, Mapping) for m in messages_batch)
+        conversations: list[Any] = [messages_batch] if single else list(messages_batch)
+        batch = batch_compression_params or BatchCompressionParams()
+        samplings = per_input("sampling_params", sampling_params, SamplingParams, len(conversations))
+        compressions = per_input(
+            "per_sequence_compression_params",
+            per_sequence_compression_params,
+            SequenceCompressionParams,
+            len(conversations),
+        )
+        sequences = []
+        for i, messages in enumerate(conversations):
+            try:
+                prompt = chat_prompt(self._text_tokenizer(), messages, compressions[i], chat_template_kwargs or {})
+            except InvalidInputError as error:
+                raise RequestError(str(error), None if single else i) from error
+            sequences.append(
+                Sequence(
+                    prompt_token_ids=prompt.token_ids,
+                    sampling_params=samplings[i],
+                    compression_params=prompt.params,
+                    batch_compression_params=batch,
+                )
+            )
+        return self._answers(self._run(sequences, single), single, return_sequences)
+
+    def generate_from_sequences(self, sequences: SequenceOf[Sequence]) -> Any:
+        """Runs prepared sequences; returns them filled (n > 1: a list of completions each).
+
+        Raises:
+            RequestError: a sequence is wrong or has run before; the message names its index.
+        """
+        for i, sequence in enumerate(sequences):
+            if not isinstance(sequence, Sequence):
+                raise RequestError(f"a Sequence is needed, not {sequence!r}", i)
+            if sequence.is_finished or sequence.output_token_ids:
+                raise RequestError("this sequence has run before; make a new one", i)
+        return self._answers(self._run(list(sequences), False), False, True)
+
+    def stream(
+        self,
+        prompt: Prompt | SequenceOf[Message],
+        sampling_params: SamplingParams | None = None,
+        batch_compression_params: BatchCompressionParams | None = None,
+        per_sequence_compression_params: SequenceCompressionParams | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Iterator[StreamChunk]:
+        """Yields the answer to one prompt (text, token ids or a conversation) as it is drawn.
+
+        Closing the iterator ends the request and frees its pages.
+
+        Raises:
+            RequestError: an input is wrong; raised by the call itself, before anything runs.
+        """
+        compression = per_sequence_compression_params or SequenceCompressionParams()
+        if not isinstance(prompt, str) and len(prompt) > 0 and all(isinstance(m, Mapping) for m in prompt):
+            rendered = chat_prompt(self._text_tokenizer(), prompt, compression, chat_template_kwargs or {})  # type: ignore[arg-type]
+            token_ids, compression = rendered.token_ids, rendered.params
+        else:
+            token_ids = self._encode(prompt, None)  # type: ignore[arg-type]
+        sequence = Sequence(
+            prompt_token_ids=token_ids,
+            sampling_params=sampling_params or SamplingParams(),
+            compression_params=compression,
+            batch_compression_params=batch_compression_params or BatchCompressionParams(),
+        )
+        groups = self._prepare([sequence], single=True)
+        return self._stream(groups[0])
+
+    # ---- the rest ------------------------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        """Model, device, kernels of each operation and memory plan, for reports."""
+        parts = self._parts
+        return {
+            "model": self.config.model,
+            "model_type": self.spec.model_type,
+            "device": str(parts.device),
+            "dtype": str(parts.dtype).removeprefix("torch."),
+            "max_model_len": self.max_model_len,
+            "page_size": self.config.kvcache_page_size,
+            "kernels": parts.kernels.describe(),
+            "memory": dict(parts.plan.rows()),
+        }
+
+    @property
+    def free_pages(self) -> int:
+        """Pages of the pool that nobody owns."""
+        return self._engine.manager.pages.num_free
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the pool."""
+        return self._engine.manager.pages.num_pages
+
+    def close(self) -> None:
+        """Ends what runs and frees weights and cache. Calling it again does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._engine.abort_all()
+            del self._engine, self._parts
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # ---- inside --------------------------------------------------------------------------------------------------
+
+    def _text_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise MissingDependencyError(f"{self.config.model} brings no tokenizer; pass token ids")
+        return self.tokenizer
+
+    def _encode(self, prompt: Prompt, index: int | None) -> list[int]:
+        if isinstance(prompt, str):
+            return self._text_tokenizer()(prompt)["input_ids"]
+        try:
+            return list(prompt)
+        except TypeError:
+            raise RequestError(f"a prompt is text or a list of token ids, not {prompt!r}", index) from None
+
+    def _prepare(self, sequences: list[Sequence], single: bool) -> list[list[Request]]:
+        """Checks every input and plans its requests (n > 1: several); nothing is added to the engine."""
+        if self._closed:
+            raise EngineClosedError("this engine is closed; make a new LLM")
+        groups: list[list[Request]] = []
+        for i, sequence in enumerate(sequences):
+            index = None if single else i
+            check_tokens(sequence.prompt_token_ids, self.spec.vocab_size, self.max_model_len, index)
+            try:
+                group = self._requests(sequence)
+                self._check_fit(group[0])
+            except RequestError:
+                raise
+            except InvalidInputError as error:
+                if index is None:
+                    raise
+                raise type(error)(f"input {i}: {error}") from error
+            groups.append(group)
+        first = [group[0] for group in groups]
+        warn_without_effect([r.sequence for r in first], [r.method for r in first])
+        return groups
+
+    def _requests(self, sequence: Sequence) -> list[Request]:
+        params = sequence.sampling_params
+        if params.n > self.config.max_num_seqs:
+            raise InvalidInputError(f"n={params.n} is more than max_num_seqs={self.config.max_num_seqs}")
+        method = plan_method(sequence)
+        parts = plan_parts(sequence, method)
+        length = len(sequence.prompt_token_ids)
+        eos = () if params.ignore_eos else self.spec.eos_token_ids
+        arrival, self._arrivals = self._arrivals, self._arrivals + params.n
+        seed = derive_seed(self.config.seed, arrival) if params.seed is None else params.seed
+        group = []
+        for completion in range(params.n):
+            member = sequence if completion == 0 else Sequence(
+                prompt_token_ids=sequence.prompt_token_ids,
+                sampling_params=params,
+                compression_params=sequence.compression_params,
+                batch_compression_params=sequence.batch_compression_params,
+            )
+            group.append(
+                Request(
+                    sequence=member,
+                    arrival=arrival + completion,
+                    started=time.perf_counter(),
+                    seed=(seed + completion) % 2**63,
+                    method=method,
+                    parts=parts,
+                    stop_ids=frozenset([*eos, *params.stop_token_ids]),
+                    max_tokens=min(length + params.max_new_tokens, self.max_model_len),
+                    detokenizer=self._detokenizer(sequence),
+                    counts=TokenCounts(sequence.prompt_token_ids) if has_penalties(params) else None,
+                    completion=completion,
+                )
+            )
+        if not method.prunes_while_decoding:  # pruning changes a sequence's own segment, so it cannot share its prompt
+            group[0].siblings = group[1:]
+        return group
+
+    def _detokenizer(self, sequence: Sequence) -> IncrementalDetokenizer | None:
+        stop = tuple(sequence.sampling_params.stop)
+        if self.tokenizer is None and not stop:
+            return None
+        return IncrementalDetokenizer(
+            self._text_tokenizer(), stop=stop, prompt_token_ids=sequence.prompt_token_ids
+        )
+
+    def _check_fit(self, request: Request) -> None:
+        needed, total = self._engine.scheduler.pages_to_finish(request), self.num_pages
+        if needed > total:
+            raise InvalidInputError(
+                f"this request needs up to {needed} pages and the pool has {total}; lower max_new_tokens or "
+                "compression_ratio, or raise kv_cache_memory_bytes / gpu_memory_utilization"
+            )
+
+    def _submit(self, groups: list[list[Request]]) -> None:
+        for group in groups:
+            for request in group:
+                if request not in group[0].siblings:
+                    self._engine.add(request)
+
+    def _run(self, sequences: list[Sequence], single: bool) -> list[list[Sequence]]:
+        groups = self._prepare(sequences, single)
+        requests = [request for group in groups for request in group]
+        self._submit(groups)
+        try:
+            with batch_progress(len(requests), self.config.show_progress_bar and not single) as report:
+                done = 0
+                while done < len(requests):
+                    self._engine.step()
+                    done = sum(request.sequence.is_finished for request in requests)
+                    report(done)
+        finally:
+            for request in requests:
+                self._engine.abort(request)
+        return [[request.sequence for request in group] for group in groups]
+
+    def _stream(self, group: list[Request]) -> Iterator[StreamChunk]:
+        self._submit([group])
+        try:
+            while True:
+                for request in group:
+                    while request.chunks:
+                        yield request.chunks.popleft()
+                if all(request.sequence.is_finished for request in group):
+                    return
+                self._engine.step()
+        finally:
+            for request in group:
+                self._engine.abort(request)
+
+    @staticmethod
+    def _answers(results: list[list[Sequence]], single: bool, return_sequences: bool) -> Any:
+        answers: list[Any] = []
+        for group in results:
+            row: list[Any] = group if return_sequences else [sequence.text for sequence in group]
+            answers.append(row if group[0].sampling_params.n > 1 else row[0])
+        return answers[0] if single else answers
+
+
+LLMEngine = LLM
+"""The name that the engine's module is known by."""

@@ -1,0 +1,178 @@
+"""Runs the model on batches: prefill jobs, decode steps, pruning of running sequences.
+
+Shape suffixes: B sequences, R logit rows, L layers, W window, H query heads, K KV heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compactor_vllm.compression.common import DecodeScoringContext
+from compactor_vllm.compression.selection import protected_positions, select_ranks
+from compactor_vllm.core.memory_manager import KVCacheManager
+from compactor_vllm.core.prefill import PrefillJob
+from compactor_vllm.core.prefill_batch import PrefillItem
+from compactor_vllm.core.request import Request
+from compactor_vllm.kv_cache.gather import GatheredSegment, gather_segment
+from compactor_vllm.layers.attention import LayerInfo
+from compactor_vllm.layers.kernels import Kernels
+from compactor_vllm.models.common import CausalLM
+from compactor_vllm.utils.context import MAX_SEGMENTS, DecodeBatch
+
+
+class ModelRunner:
+    """The model, its kernels and its cache.
+
+    Args:
+        model: weights on `device`.
+        kernels: see `resolve_kernels`.
+        manager: owner of the page pool.
+        sketch_size: columns of the random sketch that methods get.
+    """
+
+    def __init__(self, model: CausalLM, kernels: Kernels, manager: KVCacheManager, sketch_size: int):
+        self.model, self.kernels, self.manager, self.cache = model, kernels, manager, manager.cache
+        self.device, self.dtype = manager.cache.device, manager.cache.dtype
+        spec = model.spec
+        self.layer_infos = [
+            LayerInfo(
+                index=i,
+                num_layers=spec.num_layers,
+                num_heads=spec.num_heads,
+                num_kv_heads=layer.kv_heads,
+                head_dim=layer.k_dim,
+                scale=spec.scale,
+                sketch_size=sketch_size,
+                rotate=model.rotary.rotate,
+            )
+            for i, layer in enumerate(self.cache.layers)
+        ]
+
+    def prefill(self, requests: list[Request], chunk_tokens: int) -> PrefillJob:
+        """A job for requests whose segments are reserved; run its `units()` to the end."""
+        return PrefillJob(self, requests, chunk_tokens)
+
+    @torch.inference_mode()
+    def decode(self, requests: list[Request]) -> Tensor:
+        """One step for every request: caches its next token, returns float32 logits [B, vocabulary].
+
+        The private segments must have room (`KVCacheManager.grow`).
+        """
+        batch, model = self._decode_batch(requests), self.model
+        windows = [(row, request) for row, request in enumerate(requests) if request.window_LWHD is not None]
+        x_BE = model.embed(batch.input_ids_B)
+        for info, layer in zip(self.layer_infos, model.layers, strict=True):
+            cache = self.cache.layer(info.index)
+            q_BHD, k_BKD, v_BKD = layer.attention_inputs(x_BE)
+            model.rotary.rotate_(q_BHD, k_BKD, batch.positions_B, batch.context_len_B)
+            self.kernels.append(cache, k_BKD, v_BKD, batch.positions_B, batch.slots_B)
+            attention = self.kernels.attention.decode(q_BHD, cache, batch.segments_BG, info.scale)
+            for row, request in windows:
+                window = request.window_LWHD
+                assert window is not None
+                window[info.index, request.computed % window.shape[1]] = q_BHD[row]
+            x_BE = layer.mlp_output(layer.attention_output(x_BE, attention))
+        logits = model.logits(x_BE)
+        self.manager.advance([request.private for request in requests if request.private is not None])
+        for request in requests:
+            request.computed += 1
+        return logits
+
+    def _decode_batch(self, requests: list[Request]) -> DecodeBatch:
+        segments = np.full((len(requests), MAX_SEGMENTS), -1, dtype=np.int32)
+        for row, request in zip(segments, requests, strict=True):
+            row[: len(request.segments)] = [segment.slot for segment in request.segments]
+        slots = np.array([request.segments[-1].slot for request in requests], dtype=np.int32)
+        ids = np.array([request.next_input for request in requests], dtype=np.int64)
+        positions = np.array([request.computed for request in requests], dtype=np.int64)
+        move = lambda array: torch.from_numpy(array).to(self.device, non_blocking=True)  # noqa: E731
+        return DecodeBatch(
+            input_ids_B=move(ids),
+            positions_B=move(positions),
+            context_len_B=move(positions + 1),
+            slots_B=move(slots),
+            segments_BG=move(segments),
+        )
+
+    def new_window(self, size: int) -> Tensor:
+        """Room for the last `size` queries of every layer: [L, W, H, D]."""
+        spec = self.model.spec
+        shape = (spec.num_layers, size, spec.num_heads, spec.head_dim)
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    @torch.inference_mode()
+    def prune(self, request: Request, budget: int, protected: tuple[tuple[int, int], ...]) -> None:
+        """Shrinks a running sequence's private segment to `budget` tokens per KV head on average.
+
+        The last queries score the kept tokens; pages that heads no longer fill go back to the pool.
+
+        Args:
+            protected: half-open ranges of positions that stay.
+        """
+        segment, window = request.private, request.window_LWHD
+        assert segment is not None and window is not None
+        first = max(request.computed - window.shape[1], 0)
+        query_positions_W = torch.arange(first, request.computed, device=self.device)
+        for info in self.layer_infos:
+            held = self._gather(info.index, segment)
+            context = DecodeScoringContext(
+                layer_idx=info.index,
+                scale=info.scale,
+                lens_K=held.lens_K,
+                positions_KL=held.positions_KL,
+                scores_KL=held.scores_KL,
+                query_positions_W=query_positions_W,
+            )
+            q_WHD = window[info.index, query_positions_W % window.shape[1]]
+            scores_KL = request.method.decode_scoring(q_WHD, held.k_KLD, held.v_KLD, context)
+            self._compact(info.index, segment, held, scores_KL, budget, protected)
+        self.manager.shrink([segment])
+        request.pruned_at = request.computed
+
+    def apply_deferred(self, item: PrefillItem) -> None:
+        """Drops what a deferred method does not keep, now that every layer has scores."""
+        part, method = item.part, item.part.method
+        assert method is not None
+        held = [self._gather(info.index, item.segment) for info in self.layer_infos]
+        begin = part.begin
+        protected = tuple((begin + low, begin + high) for low, high in part.protected)
+        protected_N = torch.zeros(len(part), dtype=torch.bool, device=self.device)
+        for low, high in part.protected:
+            protected_N[low:high] = True
+        masks = method.deferred_keep([layer.scores_KL.T for layer in held], part.kept, protected_N)
+        for info, layer in zip(self.layer_infos, held, strict=True):
+            if masks is None:
+                self._compact(info.index, item.segment, layer, layer.scores_KL, part.kept, protected)
+                continue
+            keep_KN = (masks[info.index] | protected_N[:, None]).T
+            rank = keep_KN.nonzero()[:, 1].to(torch.int32)
+            self._move(info.index, item.segment, rank, keep_KN.sum(dim=1, dtype=torch.int32))
+        self.manager.shrink([item.segment])
+
+    def _gather(self, layer: int, segment) -> GatheredSegment:
+        longest = int(self.cache.host_lens_LSK[layer, segment.slot].max())
+        return gather_segment(self.cache.layer(layer), segment.slot, longest)
+
+    def _compact(
+        self,
+        layer: int,
+        segment,
+        held: GatheredSegment,
+        scores_KL: Tensor,
+        budget: int,
+        protected: tuple[tuple[int, int], ...],
+    ) -> None:
+        protected_KL = protected_positions(held.positions_KL, protected)
+        stored = int(self.cache.host_lens_LSK[layer, segment.slot].sum())
+        least = int((protected_KL & (torch.arange(held.positions_KL.shape[1], device=self.device) < held.lens_K[:, None])).sum())
+        pairs = min(stored, max(least, budget * len(held.lens_K)))
+        rank, counts_K = select_ranks(
+            scores_KL.to(torch.float32), held.lens_K, held.positions_KL, pairs, protected_KL=protected_KL
+        )
+        self._move(layer, segment, rank, counts_K)
+
+    def _move(self, layer: int, segment, kept_rank: Tensor, counts_K: Tensor) -> None:
+        slots = torch.tensor([segment.slot], dtype=torch.int32, device=self.device)
+        self.kernels.compact(self.cache.layer(layer), kept_rank, counts_K[None].contiguous(), slots)

@@ -1,0 +1,158 @@
+"""Prefill: layer by layer over whole prompts, as a list of resumable units.
+
+A `PrefillJob` takes requests whose segments are reserved. `units()` is a generator: between any two of its steps
+the engine may run anything else (decode steps, above all), because attention of a layer reads the job's own
+activations and stores touch only the job's segments.
+
+Shape suffixes: T tokens, E hidden size, H query heads, K KV heads, D head dimension, R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from compactor_vllm.core.prefill_batch import PrefillItem, build_batch
+from compactor_vllm.core.request import Request
+from compactor_vllm.layers.attention import attend_prompt, scoring_context, store_group
+from compactor_vllm.utils.context import PrefillBatch
+
+LOGIT_ROWS = 512
+"""Prompt positions whose logits are in memory at once, where prompt log-probabilities are asked for."""
+
+
+class PrefillJob:
+    """One prefill of one or more requests.
+
+    Args:
+        runner: the `ModelRunner` whose model and cache are used.
+        requests: requests with reserved segments, one per part.
+        chunk_tokens: tokens that projections and MLPs take at once; bounds activations and the length of a unit.
+
+    Attributes:
+        logits: request -> float32 [vocabulary] of its last prompt token, when the job is done.
+        prompt_logprobs: request -> float32 log-probabilities rows, for requests that asked for them.
+    """
+
+    def __init__(self, runner, requests: list[Request], chunk_tokens: int):
+        self.runner, self.requests, self.chunk_tokens = runner, requests, chunk_tokens
+        self.logits: dict[Request, Tensor] = {}
+        self.prompt_logprobs: dict[Request, list[dict[int, float] | None]] = {}
+        self._last_row: dict[Request, Tensor] = {}
+
+    def units(self) -> Iterator[None]:
+        """Runs the prefill; yields between units."""
+        rounds = max(len(request.parts) for request in self.requests)
+        for part in range(rounds):
+            items = [
+                PrefillItem(request=request, part=request.parts[part], segment=request.segments[part], part_index=part)
+                for request in self.requests
+                if part < len(request.parts)
+            ]
+            batch = build_batch(items, self.runner)
+            ordered = sorted(items, key=PrefillItem.group_key)
+            yield from self._round(batch, ordered)
+            self._finish_round(ordered)
+
+    def _round(self, batch: PrefillBatch, items: list[PrefillItem]) -> Iterator[None]:
+        runner, model = self.runner, self.runner.model
+        whole = any(item.request.sequence.sampling_params.prompt_logprobs is not None for item in items)
+        last_rows = batch.cu_seqlens_B1[1:].long() - 1
+        x_TE = model.embed(batch.input_ids_T)
+        for index, layer in enumerate(model.layers):
+            info, cache = runner.layer_infos[index], runner.cache.layer(index)
+            q_THD, k_TKD, v_TKD = yield from self._project(layer, x_TE)
+            contexts = [
+                scoring_context(info, group, batch, runner.kernels) if group.method is not None else None
+                for group in batch.groups
+            ]
+            early = [
+                group.method.pre_rope_scoring(*_rows((q_THD, k_TKD, v_TKD), group), context) if context else None
+                for group, context in zip(batch.groups, contexts, strict=True)
+            ]
+            model.rotary.rotate_(q_THD, k_TKD, batch.positions_T, batch.context_len_T)
+            yield
+            attention_THD = attend_prompt(q_THD, k_TKD, v_TKD, batch, cache, info, runner.kernels)
+            yield
+            for group, context, scores_TK in zip(batch.groups, contexts, early, strict=True):
+                q, k, v = _rows((q_THD, k_TKD, v_TKD), group)
+                if context is not None:
+                    scores_TK = group.method.post_rope_scoring(q, k, v, scores_TK, context)
+                store_group(k, v, scores_TK, group, batch, cache, index, runner.kernels)
+            self._keep_windows(index, q_THD, batch, items)
+            yield
+            if index == len(model.layers) - 1 and not whole:
+                x_TE, attention_THD = x_TE[last_rows], attention_THD[last_rows]
+            for a in range(0, len(x_TE), self.chunk_tokens):
+                rows = slice(a, a + self.chunk_tokens)
+                x_TE[rows] = layer.mlp_output(layer.attention_output(x_TE[rows], attention_THD[rows]))
+                yield
+        self._read_out(x_TE, batch, items, whole)
+
+    def _project(self, layer, x_TE: Tensor) -> Iterator[None]:
+        """Queries, keys and values of all tokens, before RoPE, a chunk of tokens at a time."""
+        if len(x_TE) <= self.chunk_tokens:
+            return layer.attention_inputs(x_TE)
+        parts = []
+        for a in range(0, len(x_TE), self.chunk_tokens):
+            parts.append(layer.attention_inputs(x_TE[a : a + self.chunk_tokens]))
+            yield
+        return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+
+    def _keep_windows(self, layer: int, q_THD: Tensor, batch: PrefillBatch, items: list[PrefillItem]) -> None:
+        """Keeps the last queries of sequences that will be pruned while they decode."""
+        begin = 0
+        for item, length in zip(items, batch.seqlens, strict=True):
+            window = item.request.window_LWHD
+            if window is not None:
+                count = min(window.shape[1], length)
+                positions = torch.arange(item.part.end - count, item.part.end, device=q_THD.device)
+                window[layer, positions % window.shape[1]] = q_THD[begin + length - count : begin + length]
+            begin += length
+
+    def _read_out(self, x_RE: Tensor, batch: PrefillBatch, items: list[PrefillItem], whole: bool) -> None:
+        """Logits of each sequence's last token, and prompt log-probabilities where asked for."""
+        begin = 0
+        finals = []
+        for item, length in zip(items, batch.seqlens, strict=True):
+            if whole and item.request.sequence.sampling_params.prompt_logprobs is not None:
+                self._score_prompt(item, x_RE[begin : begin + length])
+            finals.append(begin + length - 1 if whole else len(finals))
+            begin += length
+        logits = self.runner.model.logits(x_RE[torch.tensor(finals, device=x_RE.device)])
+        for item, row in zip(items, logits, strict=True):
+            self.logits[item.request] = row
+
+    def _score_prompt(self, item: PrefillItem, x_RE: Tensor) -> None:
+        from compactor_vllm.layers.sampler import top_logprobs
+
+        request, count = item.request, item.request.sequence.sampling_params.prompt_logprobs
+        tokens = request.sequence.prompt_token_ids[item.part.begin : item.part.end]
+        result = self.prompt_logprobs.setdefault(request, [])
+        previous = self._last_row.get(request)
+        result += [None] if previous is None else top_logprobs(previous[None], _ids(tokens[:1], previous), count)
+        for a in range(0, len(tokens) - 1, LOGIT_ROWS):
+            b = min(a + LOGIT_ROWS, len(tokens) - 1)
+            logits = self.runner.model.logits(x_RE[a:b])
+            result += top_logprobs(logits, _ids(tokens[a + 1 : b + 1], logits), count)
+        self._last_row[request] = self.runner.model.logits(x_RE[-1:])[0]
+
+    def _finish_round(self, items: list[PrefillItem]) -> None:
+        """Makes the round's segments real: lengths are read, spare pages return, deferred methods drop tokens."""
+        runner = self.runner
+        runner.manager.settle([item.segment for item in items])
+        for item in items:
+            if item.part.method is not None and item.part.method.mode == "deferred":
+                runner.apply_deferred(item)
+            item.request.computed = item.part.end
+            item.request.pruned_at = item.part.end
+
+
+def _rows(tensors: tuple[Tensor, ...], group) -> tuple[Tensor, ...]:
+    return tuple(x[group.begin : group.end] for x in tensors)
+
+
+def _ids(tokens: list[int], like: Tensor) -> Tensor:
+    return torch.tensor(tokens, dtype=torch.int64, device=like.device)

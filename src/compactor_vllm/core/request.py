@@ -1,0 +1,131 @@
+"""A sequence inside the engine: its plan, its segments, how far it is."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from compactor_vllm.compression.common import BaseCompressionMethod
+from compactor_vllm.core.detokenizer import IncrementalDetokenizer
+from compactor_vllm.kv_cache.segment import Segment, SegmentData
+from compactor_vllm.layers.penalties import TokenCounts
+from compactor_vllm.utils.sequence import Sequence, SequenceStatus, StreamChunk
+
+if TYPE_CHECKING:
+    from compactor_vllm.utils.sequence import FinishReason
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillPart:
+    """Tokens [begin, end) of a prompt that become one segment.
+
+    Attributes:
+        kept: tokens kept per KV head on average.
+        protected: half-open ranges relative to `begin` that always stay.
+        method: scores the tokens; None keeps them whole.
+    """
+
+    begin: int
+    end: int
+    kept: int
+    protected: tuple[tuple[int, int], ...] = ()
+    method: BaseCompressionMethod | None = None
+
+    def __len__(self) -> int:
+        return self.end - self.begin
+
+    @property
+    def pages_for(self) -> int:
+        """Tokens per KV head that the prefill needs pages for: all of them for a deferred method."""
+        return len(self) if self.method is not None and self.method.mode == "deferred" else self.kept
+
+
+@dataclass(eq=False, kw_only=True)
+class Request:
+    """One sequence in the engine.
+
+    Attributes:
+        sequence: what the caller sees.
+        arrival: order of arrival, unique; decides who goes first and who is preempted.
+        started: clock at arrival, seconds.
+        seed: of its random draws.
+        method: its resolved method.
+        parts: how the prompt becomes segments; a function of the request alone.
+        stop_ids: tokens that end it.
+        max_tokens: prompt and output at most.
+        detokenizer: turns its tokens into text; None without a tokenizer.
+        chunks: what was drawn, for whoever waits for it.
+        counts: what its penalties look at; None without penalties.
+        completion: which completion of its prompt it is (n > 1).
+        siblings: further completions of the same prompt (n > 1), which wait for this one's prefill.
+
+    State, kept by scheduler, prefill and runner:
+        shared: sealed segments before the private one.
+        private: the segment that grows while the sequence runs.
+        offloaded: what takes the place of `segments` while it is preempted to host memory: copies of those that
+            only it owns, and the shared ones themselves.
+        alone: prefilled by itself, after a prefill together with others failed.
+        computed: tokens whose keys and values are cached.
+        pruned_at: `computed` when the cache was last pruned.
+        window_LWHD: the last queries of every layer, for methods that prune while decoding; query p lies at
+            row p % W.
+    """
+
+    sequence: Sequence
+    arrival: int
+    started: float
+    seed: int
+    method: BaseCompressionMethod
+    parts: tuple[PrefillPart, ...]
+    stop_ids: frozenset[int]
+    max_tokens: int
+    detokenizer: IncrementalDetokenizer | None
+    chunks: deque[StreamChunk] = field(default_factory=deque)
+    counts: TokenCounts | None = None
+    completion: int = 0
+    siblings: list[Request] = field(default_factory=list)
+    shared: list[Segment] = field(default_factory=list)
+    private: Segment | None = None
+    offloaded: list[SegmentData | Segment] | None = None
+    alone: bool = False
+    computed: int = 0
+    pruned_at: int = 0
+    window_LWHD: Tensor | None = None
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.sequence.prompt_token_ids + self.sequence.output_token_ids
+
+    @property
+    def next_input(self) -> int:
+        """The token whose keys and values are computed next."""
+        prompt = self.sequence.prompt_token_ids
+        at = self.computed - len(prompt)
+        return prompt[at] if at < 0 else self.sequence.output_token_ids[at]
+
+    @property
+    def replays(self) -> bool:
+        """Whether the next step computes a token that was drawn before (after a preemption that lost the cache)."""
+        return self.computed + 1 < len(self.sequence)
+
+    @property
+    def segments(self) -> list[Segment]:
+        return self.shared if self.private is None else [*self.shared, self.private]
+
+    @property
+    def growth_tokens(self) -> int:
+        """Tokens that decode may still append."""
+        return max(self.max_tokens - max(self.computed, len(self.sequence.prompt_token_ids)), 1)
+
+    def emit(self, text: str, token_ids: tuple[int, ...], reason: FinishReason | None) -> None:
+        self.chunks.append(
+            StreamChunk(index=self.completion, text=text, token_ids=token_ids, finish_reason=reason)
+        )
+
+    def finish(self, reason: FinishReason, error: str | None = None) -> None:
+        self.sequence.status = SequenceStatus.FINISHED
+        self.sequence.finish_reason = reason
+        self.sequence.error = error

@@ -1,0 +1,275 @@
+"""Who runs: admission by compressed size, first come first served, preemption of the youngest. Host decisions only.
+
+A request is in exactly one place: the queue (waiting or preempted, by arrival), the prefill in progress, or the
+running list.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+
+import numpy as np
+
+from compactor_vllm.compression.selection import kept_tokens
+from compactor_vllm.core.memory_manager import KVCacheManager
+from compactor_vllm.core.request import Request
+from compactor_vllm.errors import OutOfPagesError
+from compactor_vllm.kv_cache.segment import Segment, SegmentData
+from compactor_vllm.utils.sequence import SequenceStatus
+
+GROWTH_PAGES = 8
+"""Pages per head for which a new segment has page-table entries; more are found when they are needed."""
+
+
+class Scheduler:
+    """Queue, running list, and the pages behind both.
+
+    Args:
+        manager: owner of the pages.
+        max_num_seqs: sequences that may run at once.
+        max_prefill_tokens: prompt tokens of one prefill; a longer prompt has a prefill of its own.
+    """
+
+    def __init__(self, manager: KVCacheManager, max_num_seqs: int, max_prefill_tokens: int):
+        self.manager, self.max_num_seqs, self.max_prefill_tokens = manager, max_num_seqs, max_prefill_tokens
+        self.queue: list[Request] = []
+        self.prefilling: list[Request] = []
+        self.running: list[Request] = []
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.queue or self.prefilling or self.running)
+
+    def add(self, request: Request) -> None:
+        insort(self.queue, request, key=lambda r: r.arrival)
+
+    # ---- sizes ---------------------------------------------------------------------------------------------------
+
+    def pages_to_start(self, request: Request) -> np.ndarray:
+        """Pages per (part, layer) that the prefill of a request reserves, int64."""
+        return np.stack([self.manager.prefill_pages(len(part), part.pages_for) for part in request.parts])
+
+    def pages_to_finish(self, request: Request) -> int:
+        """Pages that the request holds at most if it runs alone, to its last token."""
+        start = int(self.pages_to_start(request).sum())
+        kept = self.kept_at_end(request)
+        return max(start, sum(int(self._ragged_pages(tokens).sum()) for tokens in kept))
+
+    def kept_at_end(self, request: Request) -> list[int]:
+        """Most tokens per KV head, on average, that each of its segments may hold while it runs."""
+        *before, last = [part.kept for part in request.parts]
+        prompt = len(request.sequence.prompt_token_ids)
+        grown = last + max(request.max_tokens - prompt, 0)
+        if request.method.prunes_while_decoding:
+            budget = prune_budget(request, request.max_tokens)
+            grown = min(grown, max(budget, last) + request.method.prune_every)
+        return [*before, grown] if len(request.siblings) == 0 else [*before, last, max(request.max_tokens - prompt, 1)]
+
+    def _ragged_pages(self, tokens: int) -> np.ndarray:
+        return (tokens * self.manager.kv_heads_L) // self.manager.page_size + self.manager.kv_heads_L
+
+    # ---- admission -----------------------------------------------------------------------------------------------
+
+    def admit(self) -> list[Request]:
+        """Takes requests from the front of the queue while there is room; none overtakes another.
+
+        Preempted requests whose segments were offloaded come back and run; the others are returned, with reserved
+        segments, to be prefilled together.
+        """
+        started, tokens = [], 0
+        while self.queue:
+            head = self.queue[0]
+            if self._seats_taken(started) + 1 + len(head.siblings) > self.max_num_seqs:
+                break
+            length = len(head.sequence.prompt_token_ids)
+            if head.offloaded is None and started:
+                if tokens + length > self.max_prefill_tokens or head.alone or started[0].alone:
+                    break
+            try:
+                if head.offloaded is not None:
+                    self._restore(head)
+                elif head.computed:  # a sibling that lost its own tail and still shares the prompt
+                    head.private = self._new_tail(head)
+                    self._run(head)
+                else:
+                    self._reserve(head)
+                    started.append(head)
+                    tokens += length
+            except OutOfPagesError:
+                break
+            self.queue.pop(0)
+        self.prefilling += started
+        return started
+
+    def _seats_taken(self, started: list[Request]) -> int:
+        return len(self.running) + sum(1 + len(r.siblings) for r in [*self.prefilling, *started])
+
+    def _reserve(self, request: Request) -> None:
+        pages = self.pages_to_start(request)
+        busy = bool(self.running or self.prefilling)
+        headroom = int(self.manager.kv_heads_L.sum()) * (1 + len(request.siblings)) if busy else 0
+        if int(pages.sum()) + headroom > self.manager.pages.num_free:
+            raise OutOfPagesError("waits for pages")
+        segments: list[Segment] = []
+        try:
+            for i, part in enumerate(request.parts):
+                grows = i == len(request.parts) - 1 and not request.siblings
+                growth = min(request.growth_tokens, GROWTH_PAGES * self.manager.page_size) if grows else 0
+                segments.append(self.manager.reserve(pages[i], len(part), growth))
+        except OutOfPagesError:
+            for segment in segments:
+                self.manager.free(segment)
+            raise
+        request.shared, request.private = segments[:-1], segments[-1]
+        request.sequence.status = SequenceStatus.PREFILLING
+
+    def _restore(self, request: Request) -> None:
+        assert request.offloaded is not None
+        fresh: list[Segment] = []
+        segments: list[Segment] = []
+        growth = min(request.growth_tokens, GROWTH_PAGES * self.manager.page_size)
+        try:
+            for item in request.offloaded:
+                if isinstance(item, SegmentData):
+                    fresh.append(self.manager.restore(item, growth))
+                segments.append(fresh[-1] if isinstance(item, SegmentData) else item)
+        except OutOfPagesError:
+            for segment in fresh:
+                self.manager.free(segment)
+            raise
+        for item in request.offloaded:
+            if isinstance(item, SegmentData):
+                self.manager.discard(item)
+        request.shared, request.private, request.offloaded = segments[:-1], segments[-1], None
+        self._run(request)
+
+    def _new_tail(self, request: Request) -> Segment:
+        return self.manager.empty_segment(min(request.growth_tokens, GROWTH_PAGES * self.manager.page_size))
+
+    def _run(self, request: Request) -> None:
+        request.sequence.status = SequenceStatus.RUNNING
+        insort(self.running, request, key=lambda r: r.arrival)
+
+    # ---- after a prefill -----------------------------------------------------------------------------------------
+
+    def finish_prefill(self, request: Request) -> list[Request]:
+        """Moves a prefilled request to the running list, with its siblings: all of them, the request first.
+
+        Siblings share the prompt's segments; each gets a tail of its own.
+
+        Raises:
+            OutOfPagesError: no slots for the siblings' tails; the request is still prefilling.
+        """
+        group = [request, *request.siblings]
+        if request.siblings:
+            assert request.private is not None
+            tails: list[Segment] = []
+            try:
+                for member in group:
+                    tails.append(self._new_tail(member))
+            except OutOfPagesError:
+                for tail in tails:
+                    self.manager.free(tail)
+                raise
+            prompt = request.segments
+            for segment in prompt:
+                self.manager.share(segment, len(request.siblings))
+            for member, tail in zip(group, tails, strict=True):
+                member.shared, member.private = list(prompt), tail
+                member.computed = member.pruned_at = request.computed
+            request.siblings = []
+        self.prefilling.remove(request)
+        for member in group:
+            self._run(member)
+        return group
+
+    def cancel_prefill(self, *, alone: bool = False) -> list[Request]:
+        """Puts the requests of the prefill in progress back into the queue, their pages into the pool."""
+        cancelled, self.prefilling = self.prefilling, []
+        for request in cancelled:
+            self.release(request)
+            request.alone = request.alone or alone
+            request.sequence.status = SequenceStatus.WAITING
+            self.add(request)
+        return cancelled
+
+    # ---- decode --------------------------------------------------------------------------------------------------
+
+    def grow_running(self) -> list[Request]:
+        """Grants every running request room for its next token; preempts the youngest where the pool is short.
+
+        Returns:
+            requests that can never go on: the pool cannot hold even one of them. They no longer run.
+        """
+        while self.running:
+            try:
+                self.manager.grow([r.private for r in self.running if r.private is not None])
+                return []
+            except OutOfPagesError:
+                if len(self.running) > 1:
+                    self.preempt(self.running[-1])
+                else:
+                    return [self.running.pop()]
+        return []
+
+    def preempt(self, request: Request) -> None:
+        """Moves a running request's own segments to host memory; if that is full, they are computed again later."""
+        self.running.remove(request)
+        request.sequence.status = SequenceStatus.PREEMPTED
+        moved: list[SegmentData | Segment] = []
+        for segment in request.segments:
+            data = segment if segment.sealed else self.manager.offload(segment)
+            if data is None:
+                break
+            moved.append(data)
+        if len(moved) == len(request.segments):
+            request.offloaded = moved
+            request.shared, request.private = [], None
+        else:
+            self._lose(request, moved)
+        self.add(request)
+
+    def _lose(self, request: Request, moved: list[SegmentData | Segment]) -> None:
+        """Frees what a preempted request cannot keep; it starts over, except for a prompt that siblings hold."""
+        for item, segment in zip(moved, request.segments, strict=False):
+            if isinstance(item, SegmentData):
+                self.manager.discard(item)
+            else:
+                assert item is segment
+        kept = [segment for segment in request.shared if segment.sealed]
+        keep_prompt = len(kept) == len(request.shared) > 0
+        for segment in request.segments[len(moved) :]:
+            self.manager.free(segment)
+        if not keep_prompt:
+            for item in moved:
+                if isinstance(item, Segment):
+                    self.manager.free(item)
+        request.shared, request.private = (kept, None) if keep_prompt else ([], None)
+        request.computed = request.pruned_at = len(request.sequence.prompt_token_ids) if keep_prompt else 0
+
+    # ---- the end -------------------------------------------------------------------------------------------------
+
+    def remove(self, request: Request) -> None:
+        """Takes a request out, wherever it is, and frees all it holds."""
+        for place in (self.queue, self.prefilling, self.running):
+            if request in place:
+                place.remove(request)
+        self.release(request)
+
+    def release(self, request: Request) -> None:
+        for segment in request.segments:
+            self.manager.free(segment)
+        for item in request.offloaded or ():
+            if isinstance(item, SegmentData):
+                self.manager.discard(item)
+            else:
+                self.manager.free(item)
+        request.shared, request.private, request.offloaded = [], None, None
+        request.computed = request.pruned_at = 0
+
+
+def prune_budget(request: Request, total_tokens: int) -> int:
+    """Tokens per KV head that a running sequence of `total_tokens` tokens is pruned to."""
+    params = request.sequence.compression_params
+    protected = min(params.protected_first_tokens + params.protected_last_tokens, total_tokens)
+    return kept_tokens(total_tokens, params.compression_ratio, params.max_kept_tokens, protected)

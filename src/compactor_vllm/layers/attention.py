@@ -1,0 +1,141 @@
+"""Where scores, selection, stores and attention of one layer meet.
+
+A prefill layer is: scores before RoPE -> RoPE -> attention, scores after RoPE -> select -> store what is kept.
+Attention reads the layer's activations, never the pages that are being filled, so that nothing is approximated
+and only kept tokens ever enter pages.
+
+Shape suffixes: T tokens, B sequences, H query heads, K KV heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compactor_vllm.attention.reference import RaggedPrefix
+from compactor_vllm.compression.common import ScoringContext
+from compactor_vllm.errors import CompactorError
+from compactor_vllm.kv_cache.layer_cache import LayerCache
+from compactor_vllm.layers.kernels import Kernels
+from compactor_vllm.utils.context import PrefillBatch, StoreGroup
+
+
+class ScoringError(CompactorError, RuntimeError):
+    """A method's scores cannot be used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerInfo:
+    """Constants of a layer that scoring needs; see `ScoringContext`."""
+
+    index: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    sketch_size: int
+    rotate: Callable[[Tensor, Tensor], Tensor]
+
+
+def scoring_context(info: LayerInfo, group: StoreGroup, batch: PrefillBatch, kernels: Kernels) -> ScoringContext:
+    return ScoringContext(
+        layer_idx=info.index,
+        num_layers=info.num_layers,
+        num_heads=info.num_heads,
+        num_kv_heads=info.num_kv_heads,
+        head_dim=info.head_dim,
+        scale=info.scale,
+        spans=group.spans,
+        cu_seqlens=group.cu_seqlens,
+        positions_T=batch.positions_T[group.begin : group.end],
+        compression_type="head" if group.per_head else "layer",
+        chunk_size=group.chunk_size,
+        sketch_size=info.sketch_size,
+        rotate=info.rotate,
+        kernels=kernels.scoring,
+    )
+
+
+def attend_prompt(
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    batch: PrefillBatch,
+    cache: LayerCache,
+    info: LayerInfo,
+    kernels: Kernels,
+) -> Tensor:
+    """Causal attention of all prompts in the batch, each also over its sealed segments: [T, H, D]."""
+    prefix = None
+    if batch.segments_BG is not None:
+        prefix = RaggedPrefix(cache=cache, segments_BG=batch.segments_BG, max_len=batch.max_prefix_len)
+    return kernels.attention.prefill(
+        q_THD, k_TKD, v_TKD, batch.cu_seqlens_B1, batch.max_seqlen, info.scale, prefix=prefix
+    )
+
+
+def store_group(
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    scores_TK: Tensor | None,
+    group: StoreGroup,
+    batch: PrefillBatch,
+    cache: LayerCache,
+    layer: int,
+    kernels: Kernels,
+) -> None:
+    """Selects what the group's sequences keep of this layer and stores it in their pages.
+
+    Args:
+        k_TKD, v_TKD: keys after RoPE and values of the group's tokens.
+        scores_TK: float32, the method's scores; None where everything stays.
+
+    Raises:
+        ScoringError: the method gave no usable scores.
+    """
+    positions_T = batch.positions_T[group.begin : group.end]
+    if group.method is not None:
+        scores_TK = _checked_scores(scores_TK, k_TKD, group)
+    if group.stores_everything:
+        kept_idx, counts_BK = None, group.counts_BK
+    else:
+        kept_idx, counts_BK = kernels.select_tokens(
+            scores_TK,
+            group.cu_seqlens,
+            group.keep_B,
+            group.protected_T,
+            group.kept_pairs,
+            per_head=group.per_head,
+            floor_B=group.floor_B,
+        )
+    kernels.assign_pages(
+        cache,
+        counts_BK,
+        group.slots_B,
+        group.run_begin_LB[layer],
+        group.growth_B,
+        group.reserved_pages,
+        group.reserved_begin_LB[layer],
+    )
+    if kept_idx is None:
+        kernels.store_all(cache, k_TKD, v_TKD, positions_T, scores_TK, group.cu_seqlens, group.slots_B)
+    else:
+        kernels.store_selected(cache, k_TKD, v_TKD, positions_T, scores_TK, kept_idx, counts_BK, group.slots_B)
+
+
+def _checked_scores(scores_TK: Tensor | None, k_TKD: Tensor, group: StoreGroup) -> Tensor:
+    name = type(group.method).__name__
+    if scores_TK is None:
+        raise ScoringError(f"{name} returned no scores, and the sequence may not be kept whole")
+    if scores_TK.shape != k_TKD.shape[:2]:
+        raise ScoringError(
+            f"{name} returned scores of shape {tuple(scores_TK.shape)}; [tokens, KV heads] = {tuple(k_TKD.shape[:2])}"
+        )
+    scores_TK = scores_TK.to(torch.float32)
+    if scores_TK.device.type == "cpu" and bool(scores_TK.isnan().any()):
+        raise ScoringError(f"{name} returned NaN scores")
+    return scores_TK.contiguous()

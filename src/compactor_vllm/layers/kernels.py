@@ -1,0 +1,79 @@
+"""The operations of the hot path, one set a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from compactor_vllm.attention.backends import AttentionKernels, attention_kernels, resolve_backend
+from compactor_vllm.config import AttentionBackend
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """What the layers call. Contracts: `attention.reference`, `kv_cache.reference`, `compression.selection`.
+
+    Attributes:
+        backend: the backend that runs.
+        attention: prefill and decode attention.
+        assign_pages, store_selected, store_all, append, compact: writes of the cache.
+        select_tokens: exact selection of kept (token, head) pairs.
+        scoring: which score kernels methods may use.
+    """
+
+    backend: AttentionBackend
+    attention: AttentionKernels
+    assign_pages: Callable[..., None]
+    store_selected: Callable[..., None]
+    store_all: Callable[..., None]
+    append: Callable[..., None]
+    compact: Callable[..., None]
+    select_tokens: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    scoring: Literal["triton", "torch"]
+
+    def describe(self) -> dict[str, str]:
+        """Operation -> kernel."""
+        stores = "triton" if self.scoring == "triton" else "torch"
+        return {
+            "backend": self.backend.value,
+            "prefill attention": self.attention.prefill_name,
+            "decode attention": self.attention.decode_name,
+            "store, append, compact": stores,
+            "selection": stores,
+            "scores": stores,
+        }
+
+
+def resolve_kernels(backend: AttentionBackend, device: torch.device) -> Kernels:
+    """The kernels of a backend on a device.
+
+    Raises:
+        MissingDependencyError: a named backend cannot run here.
+    """
+    resolved = resolve_backend(backend, device)
+    triton = resolved is AttentionBackend.COMPACTOR_TRITON
+    operations: dict[str, Any]
+    if triton:
+        from compactor_vllm.compression import select_kernel
+        from compactor_vllm.kv_cache import store_kv_cache as stores
+        from compactor_vllm.kv_cache import write_page_table
+
+        operations = {"assign_pages": write_page_table.assign_pages, "select_tokens": select_kernel.select_tokens}
+    else:
+        from compactor_vllm.compression import selection
+        from compactor_vllm.kv_cache import reference as stores
+
+        operations = {"assign_pages": stores.assign_pages, "select_tokens": selection.select_tokens}
+    return Kernels(
+        backend=resolved,
+        attention=attention_kernels(resolved),
+        store_selected=stores.store_selected,
+        store_all=stores.store_all,
+        append=stores.append,
+        compact=stores.compact,
+        scoring="triton" if triton else "torch",
+        **operations,
+    )

@@ -1,0 +1,31 @@
+"""The gated MLP of Llama and Qwen: down(silu(gate(x)) * up(x)).
+
+Shape suffixes: T tokens, E hidden size.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compactor_vllm.layers.linear import Linear, MergedLinear
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up from [..., 2 * n] rows that hold gate, then up. Overwrites and returns the gate half (a view)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate, inplace=True).mul_(up)
+
+
+class GatedMLP(nn.Module):
+    """Gate and up projections are one GEMM; the activation is in place."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, *, bias: bool = False):
+        super().__init__()
+        parts = {"gate_proj": intermediate_size, "up_proj": intermediate_size}
+        self.gate_up_proj = MergedLinear(hidden_size, parts, bias=bias)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
+
+    def add_to_(self, x_TE: Tensor, hidden_TE: Tensor) -> Tensor:
+        """x += mlp(hidden) in place; `x_TE` is returned."""
+        return self.down_proj.add_to_(x_TE, silu_and_mul(self.gate_up_proj(hidden_TE)))

@@ -1,0 +1,122 @@
+"""The decoder that all families share: the pieces that the model runner drives.
+
+Shape suffixes: T tokens of any number of sequences, E hidden size, H query heads, K KV heads, D head dimension,
+R rows whose logits are wanted.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from compactor_vllm.kv_cache.layer_cache import LayerKV
+from compactor_vllm.layers.embed_head import VocabEmbedding
+from compactor_vllm.layers.layernorm import RMSNorm
+from compactor_vllm.layers.linear import Linear, MergedLinear, WeightLayer, WeightSlot
+from compactor_vllm.layers.mlp import GatedMLP
+from compactor_vllm.layers.moe import SparseMoE
+from compactor_vllm.layers.rotary import RotaryEmbedding
+from compactor_vllm.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from compactor_vllm.utils.loader import Checkpoint
+
+
+class Attention(nn.Module):
+    """Projections around the attention kernel, which the runner calls between `qkv` and `o_proj`."""
+
+    def __init__(self, spec: ModelSpec):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+        self.qkv_proj = MergedLinear(spec.hidden_size, parts, bias=spec.qkv_bias)
+        self.o_proj = Linear(q_size, spec.hidden_size, bias=spec.o_bias)
+        self.q_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps) if spec.qk_norm else None
+        self.k_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps) if spec.qk_norm else None
+
+    def qkv(self, hidden_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Contiguous q [T, H, D], k and v [T, K, D] before RoPE."""
+        qkv_TXD = self.qkv_proj(hidden_TE).view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
+        q_THD, k_TKD, v_TKD = qkv_TXD.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_THD, k_TKD = self.q_norm(q_THD), self.k_norm(k_TKD)
+        return q_THD.contiguous(), k_TKD.contiguous(), v_TKD.contiguous()
+
+
+class DecoderLayer(nn.Module):
+    """A pre-norm transformer layer in three steps, each of which works on any slice of the tokens.
+
+    Attributes:
+        kv: what the layer keeps in the KV cache.
+    """
+
+    def __init__(self, spec: ModelSpec, mlp: GatedMLP | SparseMoE):
+        super().__init__()
+        self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.self_attn = Attention(spec)
+        self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.mlp = mlp
+        self.kv = LayerKV(kv_heads=spec.num_kv_heads, k_dim=spec.head_dim, v_dim=spec.head_dim)
+
+    def attention_inputs(self, x_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [T, H, D], k and v [T, K, D] before RoPE: normalised, projected, biased, QK-normalised, contiguous."""
+        return self.self_attn.qkv(self.input_layernorm(x_TE))
+
+    def attention_output(self, x_TE: Tensor, attn_THD: Tensor) -> Tensor:
+        """x += o_proj(attention) in place; `x_TE` is returned."""
+        return self.self_attn.o_proj.add_to_(x_TE, attn_THD.flatten(1))
+
+    def mlp_output(self, x_TE: Tensor) -> Tensor:
+        """x += mlp(norm(x)) in place; `x_TE` is returned."""
+        return self.mlp.add_to_(x_TE, self.post_attention_layernorm(x_TE))
+
+
+class CausalLM(nn.Module, ABC):
+    """A decoder-only language model; a family says how its spec is read and what its layers are.
+
+    Attributes:
+        spec: the model's shapes and constants.
+        layers: `DecoderLayer`s in order.
+        rotary: the rotary embedding of all layers.
+    """
+
+    def __init__(self, spec: ModelSpec):
+        super().__init__()
+        self.spec = spec
+        self.embed_tokens = VocabEmbedding(spec.vocab_size, spec.hidden_size)
+        self.layers = nn.ModuleList(self.make_layer(spec, index) for index in range(spec.num_layers))
+        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.lm_head = None if spec.tie_word_embeddings else VocabEmbedding(spec.vocab_size, spec.hidden_size)
+        self.rotary = RotaryEmbedding(spec.rope)
+
+    @classmethod
+    @abstractmethod
+    def read_spec(cls, checkpoint: Checkpoint) -> ModelSpec:
+        """The spec of a checkpoint of this family.
+
+        Raises:
+            CheckpointError: the configuration asks for something that is not supported.
+        """
+
+    def make_layer(self, spec: ModelSpec, index: int) -> DecoderLayer:
+        """Layer number `index`; a dense MLP unless a family overrides this."""
+        return DecoderLayer(spec, GatedMLP(spec.hidden_size, spec.intermediate_size, bias=spec.mlp_bias))
+
+    def embed(self, input_ids_T: Tensor) -> Tensor:
+        """The residual stream [T, E] that enters the first layer; the caller owns it."""
+        return self.embed_tokens(input_ids_T)
+
+    def logits(self, x_RE: Tensor) -> Tensor:
+        """float32 [R, vocab_size] from rows of the residual stream that left the last layer."""
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        return head.logits(self.norm(x_RE))
+
+    def weight_slots(self) -> Iterator[WeightSlot]:
+        """Every tensor that a checkpoint must have, under its Hugging Face name, and where it goes."""
+        for path, module in self.named_modules():
+            if isinstance(module, WeightLayer):
+                yield from module.weight_slots(path if path == "lm_head" else f"model.{path}")

@@ -1,0 +1,114 @@
+"""What one step of the model needs, as explicit objects that the runner builds and passes down.
+
+Shape suffixes: T tokens of the batch, B sequences, G segments of a sequence, L layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from compactor_vllm.compression.common import BaseCompressionMethod, SequenceSpan
+
+MAX_SEGMENTS = 8
+"""Segments that one sequence may attend to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreGroup:
+    """Consecutive sequences of a prefill that are scored and stored alike.
+
+    Attributes:
+        method: scores them; None stores every token.
+        first, last: half-open range of sequences.
+        begin, end: half-open range of tokens.
+        cu_seqlens: int32 [sequences + 1], their borders relative to `begin`.
+        spans: what the method is told of them.
+        slots_B, growth_B: int32, segment slots and page-table entries for growth.
+        run_begin_LB, reserved_begin_LB: int64, per layer, where runs and reserved pages begin.
+        reserved_pages: int32, reserved page ids of all layers and sequences.
+        keep_B: int32, tokens kept per KV head on average.
+        kept_pairs: sum of keep_B times KV heads.
+        protected_T: bool, tokens that stay whatever their score.
+        counts_BK: int32, tokens per head where all stay.
+        per_head: heads do not compete.
+        floor_B: int32, tokens that each head keeps by its own ranking first; None when no head has a floor.
+        chunk_size: tokens per chunk of context statistics, or None.
+    """
+
+    method: BaseCompressionMethod | None
+    first: int
+    last: int
+    begin: int
+    end: int
+    cu_seqlens: Tensor
+    spans: tuple[SequenceSpan, ...]
+    slots_B: Tensor
+    growth_B: Tensor
+    run_begin_LB: Tensor
+    reserved_begin_LB: Tensor
+    reserved_pages: Tensor
+    keep_B: Tensor
+    kept_pairs: int
+    protected_T: Tensor
+    counts_BK: Tensor
+    per_head: bool
+    floor_B: Tensor | None
+    chunk_size: int | None
+
+    @property
+    def stores_everything(self) -> bool:
+        """All tokens enter pages now; a deferred method drops some when it has seen every layer."""
+        return self.method is None or self.method.mode == "deferred"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillBatch:
+    """Prompts, or parts of prompts, that are prefilled together.
+
+    Attributes:
+        input_ids_T, positions_T: int64.
+        context_len_T: int64, each token's sequence length (for RoPE types that depend on it).
+        cu_seqlens_B1: int32 borders; `seqlens` the same on the host.
+        segments_BG: int32 sealed segments before the tokens, -1 padding; None when no sequence has any.
+        max_prefix_len: bound on the prefix tokens of a head.
+        groups: how the tokens are stored.
+    """
+
+    input_ids_T: Tensor
+    positions_T: Tensor
+    context_len_T: Tensor
+    cu_seqlens_B1: Tensor
+    seqlens: tuple[int, ...]
+    segments_BG: Tensor | None
+    max_prefix_len: int
+    groups: tuple[StoreGroup, ...]
+
+    @property
+    def max_seqlen(self) -> int:
+        return max(self.seqlens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeBatch:
+    """One token of every running sequence.
+
+    Attributes:
+        input_ids_B, positions_B: int64.
+        context_len_B: int64, length of each sequence with this token.
+        slots_B: int32, the private segment that each token is appended to.
+        segments_BG: int32, all segments of each sequence, -1 padding.
+    """
+
+    input_ids_B: Tensor
+    positions_B: Tensor
+    context_len_B: Tensor
+    slots_B: Tensor
+    segments_BG: Tensor
+
+
+ForwardBatch = PrefillBatch | DecodeBatch
+"""What one step needs."""

@@ -1,0 +1,28 @@
+"""Small things that several modules need."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+def derive_seed(seed: int, index: int) -> int:
+    """A seed in [0, 2^63) for request number `index` of an engine."""
+    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+@contextmanager
+def batch_progress(total: int, show: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar over `total` sequences on stderr; yields the function that is told how many are done."""
+    if not show:
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("generating", total=total)
+        yield lambda done: progress.update(task, completed=done)

@@ -1,0 +1,126 @@
+"""Tensors as they lie in weight files: listed without being read, then read one by one."""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from compactor_vllm.errors import CheckpointError
+
+SAMPLE_BYTES = 256
+"""Bytes of each tensor that enter a checkpoint's fingerprint."""
+
+SAFETENSORS_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Types of safetensors weights that are understood, with the size of an element."""
+
+
+@dataclass(frozen=True)
+class StoredTensor(ABC):
+    """One tensor of a checkpoint; calling it reads it.
+
+    Attributes:
+        name: Hugging Face name.
+        shape: its shape.
+        dtype: the file's name of its type.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @abstractmethod
+    def __call__(self) -> Tensor:
+        """The tensor on the CPU; it may share the file's memory map and must not be written."""
+
+    def copy_into(self, target: Tensor) -> None:
+        """Fills `target`, of the same shape and any floating-point type and device."""
+        target.copy_(self())
+
+    @abstractmethod
+    def sample(self) -> bytes:
+        """Up to `SAMPLE_BYTES` stored bytes from the middle of the tensor."""
+
+
+@dataclass(frozen=True)
+class SafetensorsTensor(StoredTensor):
+    """A tensor of a safetensors file."""
+
+    file: SafetensorsFile
+    begin: int
+    end: int
+
+    def __call__(self) -> Tensor:
+        return self.file.handle.get_tensor(self.name)
+
+    def sample(self) -> bytes:
+        return self.file.read_bytes((self.begin + self.end - SAMPLE_BYTES) // 2, self.begin, self.end)
+
+
+class SafetensorsFile:
+    """A memory-mapped safetensors file whose header has been checked against its size.
+
+    Raises:
+        CheckpointError: unreadable or truncated.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.size = path.stat().st_size
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                if not 2 <= length <= self.size - 8:
+                    raise ValueError("the header does not fit in the file")
+                self._header: dict[str, Any] = json.loads(file.read(length))
+            self._header.pop("__metadata__", None)
+            self.data_begin = 8 + length
+            data_end = max((entry["data_offsets"][1] for entry in self._header.values()), default=0)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+        if self.data_begin + data_end != self.size:
+            raise CheckpointError(
+                f"{path} is truncated or damaged: {self.size} bytes, but its header describes "
+                f"{self.data_begin + data_end}"
+            )
+
+    @cached_property
+    def handle(self) -> Any:
+        """The open file; tensors are views of its memory map."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            return safe_open(self.path, framework="pt", device="cpu").__enter__()
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.path} is not a readable safetensors file: {error}") from error
+
+    def tensors(self) -> list[SafetensorsTensor]:
+        """All tensors of the file.
+
+        Raises:
+            CheckpointError: a tensor of a type that is not a plain floating-point type.
+        """
+        return [self._tensor(name, entry) for name, entry in self._header.items()]
+
+    def read_bytes(self, offset: int, begin: int, end: int) -> bytes:
+        """`SAMPLE_BYTES` of the data at `offset`, inside [begin, end)."""
+        offset = max(begin, offset)
+        with self.path.open("rb") as file:
+            file.seek(self.data_begin + offset)
+            return file.read(min(SAMPLE_BYTES, end - offset))
+
+    def _tensor(self, name: str, entry: dict[str, Any]) -> SafetensorsTensor:
+        shape, dtype, (begin, end) = tuple(entry["shape"]), entry["dtype"], entry["data_offsets"]
+        if dtype not in SAFETENSORS_ITEM_BYTES:
+            raise CheckpointError(
+                f"{self.path}: tensor {name} has type {dtype}; supported: {', '.join(SAFETENSORS_ITEM_BYTES)}"
+            )
+        if end - begin != math.prod(shape) * SAFETENSORS_ITEM_BYTES[dtype]:
+            raise CheckpointError(f"{self.path}: tensor {name} does not have the size of its shape {shape}")
+        return SafetensorsTensor(name, shape, dtype, self, begin, end)
