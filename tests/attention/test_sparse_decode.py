@@ -26,18 +26,22 @@ from tests.conftest import poisoned
 SCALE = 0.25
 
 
-def _config(*, block_n: int = 32, unit: int = 16, big_unit: int = 64, block_m: int = 32) -> DecodeConfig:
+def _config(
+    *, block_n: int = 32, unit: int = 16, big_unit: int = 64, skewed: bool = False, bulk_copy: bool = False
+) -> DecodeConfig:
     """Small tiles and shares, so that little work is cut in many ways."""
     small = TileConfig(
         block_m=16, block_n=block_n, num_warps=4, num_stages=3, programs_per_sm=2, unit=unit, overhead=1, min_share=2
     )
     big = TileConfig(
-        block_m=block_m,
+        block_m=32,
         block_n=32,
         num_warps=4,
         num_stages=2,
         programs_per_sm=1,
         unit=big_unit,
+        skewed=skewed,
+        bulk_copy=bulk_copy,
         overhead=1,
         min_share=1,
     )
@@ -114,16 +118,26 @@ def test_shared_and_private_segments_mix(device: torch.device, max_sharing: int 
     _assert_close(case, segments, *_run(case, segments, 6, _config(), max_sharing))
 
 
-@pytest.mark.parametrize(("users", "group", "big_unit"), [(9, 8, 64), (5, 7, 16), (23, 3, 64)])
-def test_row_tiles_of_a_shared_segment(device: torch.device, users: int, group: int, big_unit: int) -> None:
+@pytest.mark.parametrize(
+    ("users", "group", "big_unit", "skewed", "dtype"),
+    [
+        (9, 8, 64, False, torch.float32),
+        (5, 7, 16, False, torch.float32),
+        (9, 8, 64, True, torch.float16),
+        (23, 3, 32, True, torch.bfloat16),
+    ],
+)
+def test_row_tiles_of_a_shared_segment(
+    device: torch.device, users: int, group: int, big_unit: int, skewed: bool, dtype: torch.dtype
+) -> None:
     """Rows that do not fill the last tile, and groups that do not divide a tile."""
-    case = make_case([[150], [37]], head_dim=16, page_size=16, dtype=torch.float32, device=device)
+    case = make_case([[150], [37]], head_dim=16, page_size=32, dtype=dtype, device=device)
     segments = segments_table([[0, 1] if b % 2 else [0] for b in range(users)], device, columns=2)
-    _assert_close(case, segments, *_run(case, segments, group, _config(big_unit=big_unit)))
+    _assert_close(case, segments, *_run(case, segments, group, _config(big_unit=big_unit, skewed=skewed)))
 
 
 def test_a_plan_of_all_layers_counts_tokens_that_will_be_appended(device: torch.device) -> None:
-    lens = [[30, 5], [0, 16], [12, 31]]
+    lens = [[30, 5], [1, 16], [12, 31]]
     layers = [make_case(lens, head_dim=16, page_size=16, dtype=torch.float32, device=device) for _ in range(2)]
     planned = torch.tensor([[[29, 4], [0, 15], [12, 31]], [[20, 0], [0, 7], [2, 3]]], dtype=torch.int32, device=device)
     appended = torch.tensor([[1], [1], [0]], device=device)
@@ -182,12 +196,14 @@ def _workloads(draw: st.DrawFn) -> dict:
         "group": draw(st.integers(1, 16)),
         "head_dim": draw(st.sampled_from([16, 24, 64])),
         "dtype": draw(st.sampled_from([torch.float32, torch.float16])),
-        "config": _config(block_n=draw(st.sampled_from([16, 32])), unit=draw(st.sampled_from([16, 32]))),
+        "config": _config(
+            block_n=draw(st.sampled_from([16, 32])), unit=draw(st.sampled_from([16, 32])), skewed=draw(st.booleans())
+        ),
         "max_sharing": draw(st.sampled_from([None, 1, 2])),
     }
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(workload=_workloads())
 def test_any_workload(device: torch.device, workload: dict) -> None:
     case = make_case(
@@ -290,7 +306,7 @@ def test_a_plan_for_other_shapes_is_refused(device: torch.device) -> None:
         plan_decode(lens, begins, segments, num_heads=4, head_dim=16, dtype=torch.float32, extra=-1)
 
 
-@pytest.mark.parametrize(("field", "value"), [("block_n", 24), ("num_warps", 0), ("overhead", -1)])
+@pytest.mark.parametrize(("field", "value"), [("block_n", 24), ("num_warps", 0), ("overhead", -1), ("skewed", True)])
 def test_tile_shapes_are_checked(field: str, value: int) -> None:
-    with pytest.raises(InvalidInputError, match=field):
+    with pytest.raises(InvalidInputError, match=field.replace("skewed", "block_n must divide unit")):
         dataclasses.replace(_config().small, **{field: value})

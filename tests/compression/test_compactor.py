@@ -77,10 +77,12 @@ def test_pooling_counts_existing_neighbours_only(width: int, kind: str, tokens: 
 
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("tokens", [33, 48, 64, 65])
-def test_defaults_are_the_documented_blend(heads: tuple[int, int], tokens: int) -> None:
+def test_paper_variant_is_the_documented_blend(heads: tuple[int, int], tokens: int) -> None:
     """Chunk-wise z-score of leverage, sequence-wise z-score of pooled attention."""
     q, k, v = ref.qkv(tokens, *heads, 16, seed=1)
-    method = Compactor(attention_chunk=16, leverage_chunk=32)
+    method = Compactor(
+        attention_chunk=16, leverage_chunk=32, leverage_weight=0.3, value_weighting=False, statistics="all"
+    )
     got = blended(method, q, k, v, ref.context_for([tokens], *heads, 16))
     q64, k64 = q.double().numpy(), k.double().numpy()
     phi = gaussian_sketch(16, 48, torch.device("cpu")).double().numpy()

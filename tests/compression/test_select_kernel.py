@@ -76,11 +76,11 @@ def check(
     assert got_idx.dtype == got_counts.dtype == torch.int32
 
 
-def batch(lengths: list[int], share: float, chance: float) -> tuple[list[int], list[bool]]:
-    """Budgets of about `share` of each length, and a protected token with probability `chance`."""
+def batch(lengths: list[int], shares: list[float], chance: float) -> tuple[list[int], list[bool]]:
+    """Budgets of about these shares of the lengths, and a protected token with probability `chance`."""
     protected = (torch.rand(sum(lengths)) < chance).tolist()
     keeps, begin = [], 0
-    for length in lengths:
+    for length, share in zip(lengths, shares, strict=True):
         keeps.append(min(length, max(sum(protected[begin : begin + length]), round(share * length))))
         begin += length
     return keeps, protected
@@ -89,17 +89,15 @@ def batch(lengths: list[int], share: float, chance: float) -> tuple[list[int], l
 MODES = {"layer": {}, "head": {"per_head": True}, "floor": {"floors": True}}
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("heads", [1, 3, 8])
+@pytest.mark.parametrize(("mode", "heads"), [("layer", 1), ("layer", 3), ("layer", 8), ("head", 3), ("floor", 2)])
 def test_ragged_batch(device: torch.device, mode: str, heads: int) -> None:
-    lengths = [0, 1, 15, 0, 16, 17, 70, 1]
+    lengths = [0, 1, 70, 31]
     scores = torch.randn(sum(lengths), heads)
-    for share in (0.0, 0.4, 1.0):
-        keeps, protected = batch(lengths, share, 0.1)
-        options = dict(MODES[mode])
-        if "floors" in options:
-            options["floors"] = [length // 5 for length in lengths]
-        check(device, scores, lengths, keeps, protected, **options)
+    keeps, protected = batch(lengths, [0.0, 1.0, 0.4, 1.0], 0.1)
+    options = dict(MODES[mode])
+    if "floors" in options:
+        options["floors"] = [length // 5 for length in lengths]
+    check(device, scores, lengths, keeps, protected, **options)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -108,28 +106,26 @@ def test_ties_and_special_values(device: torch.device, mode: str) -> None:
     values = torch.tensor(
         [float("nan"), -float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1.0, -1.0, 1e-42, -1e-42]
     )
-    lengths = [40, 33]
-    scores = values[torch.randint(0, len(values), (73, 4))]
-    for share in (0.1, 0.5, 0.9):
-        keeps, protected = batch(lengths, share, 0.05)
-        options = dict(MODES[mode])
-        if "floors" in options:
-            options["floors"] = [4, 7]
-        check(device, scores, lengths, keeps, protected, **options)
+    lengths = [40, 50]
+    scores = values[torch.randint(0, len(values), (90, 2))]
+    keeps, protected = batch(lengths, [0.3, 0.7], 0.05)
+    options = dict(MODES[mode])
+    if "floors" in options:
+        options["floors"] = [4, 9]
+    check(device, scores, lengths, keeps, protected, **options)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_several_blocks(device: torch.device, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     """The cut falls into an earlier, the same or a later block than the one that writes."""
     monkeypatch.setattr(select_kernel, "_TILE", 64)
-    lengths = [150, 31, 100]
-    for levels in (2, 5, 1000):
-        scores = torch.randint(0, levels, (sum(lengths), 2)).float()
-        keeps, protected = batch(lengths, 0.45, 0.02)
-        options = dict(MODES[mode])
-        if "floors" in options:
-            options["floors"] = [20, 3, 0]
-        check(device, scores, lengths, keeps, protected, **options)
+    lengths = [90, 70]
+    scores = torch.cat([torch.randint(0, n, (x, 2)) for n, x in zip((2, 5), lengths, strict=True)]).float()
+    keeps, protected = batch(lengths, [0.45, 0.8], 0.02)
+    options = dict(MODES[mode])
+    if "floors" in options:
+        options["floors"] = [20, 3]
+    check(device, scores, lengths, keeps, protected, **options)
 
 
 def test_neighbouring_floats_are_told_apart(device: torch.device) -> None:
@@ -137,7 +133,7 @@ def test_neighbouring_floats_are_told_apart(device: torch.device) -> None:
     base = torch.tensor([1.0, -1.0, 2.0**-100, 3.5e30]).view(torch.int32)
     scores = (base[:, None] + torch.arange(-8, 8)[None, :]).flatten()
     scores = scores[torch.randperm(64)].int().view(torch.float32).view(32, 2)
-    for keep in (1, 7, 16, 31):
+    for keep in (1, 16, 31):
         check(device, scores, [32], [keep], [False] * 32)
 
 
@@ -147,10 +143,10 @@ def test_budget_of_only_protected_tokens(device: torch.device) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_any_batch(data: st.DataObject) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    lengths = data.draw(st.lists(st.integers(0, 24), min_size=1, max_size=4))
+    lengths = data.draw(st.lists(st.integers(0, 24), min_size=1, max_size=3))
     heads = data.draw(st.integers(1, 5))
     element = st.floats(width=32, allow_nan=True)
     flat = data.draw(st.lists(element, min_size=sum(lengths) * heads, max_size=sum(lengths) * heads))

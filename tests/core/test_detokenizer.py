@@ -168,6 +168,14 @@ def test_any_bytes(kind, raw, sizes):
     check_stream(build(kind), byte_ids(kind, raw), sizes)
 
 
+@pytest.mark.parametrize("pattern", [b"\xf0\x9f\x98", b"\xe2\x82", b"\xf0\x90\x80\xc3"])
+@pytest.mark.parametrize("shift", range(4))
+def test_endless_unfinished_characters(pattern, shift):
+    """Windows without a clean end are cut; where the cut lies in the sequences must not matter."""
+    raw = b"\xff" * shift + pattern * 80 + "\u20ac".encode()
+    check_stream(build("byte_level"), byte_ids("byte_level", raw), [1])
+
+
 def byte_ids(kind: str, raw: bytes) -> list[int]:
     if kind == "byte_fallback":
         return [build(kind).convert_tokens_to_ids(f"<0x{b:02X}>") for b in raw]
@@ -201,6 +209,12 @@ def test_leading_space_after_prompt():
     assert IncrementalDetokenizer(tokenizer).push(output) == "brown fox"
     after = IncrementalDetokenizer(tokenizer, prompt_token_ids=[*prompt, tokenizer.eos_token_id])
     assert after.push(output) == " brown fox"
+
+
+def test_prompt_that_ends_inside_a_character_is_no_context():
+    ids = byte_ids("byte_level", "no\u20ac".encode())
+    stream = IncrementalDetokenizer(build("byte_level"), prompt_token_ids=ids[:3])
+    assert stream.push(ids[3:]) + stream.finish() == full_text(build("byte_level"), ids[3:])
 
 
 def test_text_comes_as_soon_as_it_is_certain():
@@ -249,7 +263,7 @@ def test_cost_per_token_is_bounded(name):
     assert "".join(stream.push([i]) for i in ids) + stream.finish() == expected
     assert tokenizer.decoded <= (MAX_WINDOW + 20) * len(ids)
     if name in ("plain", "metaspace", "fallback", "special"):
-        assert tokenizer.decoded <= 12 * len(ids)
+        assert tokenizer.decoded <= 20 * len(ids)
 
 
 def first_stop(text: str, stop: list[str]) -> str | None:

@@ -66,12 +66,11 @@ def draw(logits_BV: torch.Tensor, params: list[SamplingParams], uniforms: list[f
 def test_distribution(fields, narrow, device, monkeypatch):
     """Evenly spaced uniform numbers hit every token as often as its probability says."""
     monkeypatch.setattr(sampler, "NARROW_TOP_K", narrow)
-    params, steps = SamplingParams(**fields), 4000
-    logits_V = torch.randn(60, generator=torch.Generator().manual_seed(len(str(fields)))) * 2
+    params, steps = SamplingParams(**fields), 1000
+    # Few positive logits: thresholds lie among negative ones, too.
+    logits_V = torch.randn(60, generator=torch.Generator().manual_seed(len(str(fields)))) * 2 - 3.5
     expected_V = expected_distribution(logits_V.numpy(), params)
-    tokens = draw(
-        logits_V.to(device).expand(steps, -1), [params] * steps, [(i + 0.5) / steps for i in range(steps)]
-    )
+    tokens = draw(logits_V.to(device).expand(steps, -1), [params] * steps, [(i + 0.5) / steps for i in range(steps)])
     shares_V = np.bincount(tokens, minlength=60) / steps
     assert np.abs(shares_V - expected_V).max() <= 1.01 / steps
     # Drawn by inverting the distribution in the order of token ids.
@@ -134,6 +133,12 @@ def test_row_does_not_depend_on_batch(vocab_size, device, monkeypatch):
     assert run(list(range(60))) == together
     monkeypatch.setattr(sampler, "NARROW_TOP_K", 10)
     assert run(list(range(60))) == together
+
+
+def test_top_p_of_one_keeps_every_token_in_a_filtered_group():
+    """The product of top_p and the total is rounded; 1 must mean all, to the last unit."""
+    total_R = torch.tensor([2**60 + 1, 2**60 + 1])
+    assert sampler._nucleus_target(total_R, torch.tensor([1.0, 0.5]).double()).tolist() == [2**60 + 1, 2**59]
 
 
 @pytest.mark.gpu

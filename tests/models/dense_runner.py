@@ -40,9 +40,7 @@ class DenseRunner:
             attention_THD = torch.cat(
                 [
                     self._attend(index, s, *parts)
-                    for s, parts in enumerate(
-                        zip(q_THD.split(lens), k_TKD.split(lens), v_TKD.split(lens), strict=True)
-                    )
+                    for s, parts in enumerate(zip(q_THD.split(lens), k_TKD.split(lens), v_TKD.split(lens), strict=True))
                 ]
             )
             for x, attention in zip(x_TE.chunk(self.slices), attention_THD.chunk(self.slices), strict=True):

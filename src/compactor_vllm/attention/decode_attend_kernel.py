@@ -22,12 +22,17 @@ from compactor_vllm.attention.decode_plan_kernel import (
     ITEM_ROWS,
 )
 
+# What hidden logits become: finite, so that differences of hidden ones are no NaN.
+HIDDEN = tl.constexpr(-1e30)
+
 
 @triton.jit
 def attend_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    k_desc,
+    v_desc,
     table_ptr,
     entries_ptr,
     plan_ptr,
@@ -48,6 +53,8 @@ def attend_kernel(
     UNIT: tl.constexpr,
     OVERHEAD: tl.constexpr,
     PAGE_BY_ROW: tl.constexpr,
+    SKEWED: tl.constexpr,
+    BULK_COPY: tl.constexpr,
     SCAN: tl.constexpr,
     BIG: tl.constexpr,
     SHARED: tl.constexpr,
@@ -88,40 +95,21 @@ def attend_kernel(
         zero = cost + row_tile * (units + OVERHEAD) + OVERHEAD
         first_unit = tl.maximum(position - zero, 0)
         last_unit = tl.minimum(last - zero, units)
-        if first_unit < last_unit:
-            row = tl.arange(0, BLOCK_M)
-            user = row_tile * USERS + row // GROUP
-            live = (row < USERS * GROUP) & (user < users)
-            if SHARED:
-                user_entry = tl.load(entries_ptr + ENTRY_SORTED * num_entries + place + user, mask=live, other=0)
-            else:
-                user_entry = tl.zeros_like(row) + entry
-            q_row = (user_entry % num_seqs) * HEADS + (pair % KV_HEADS) * GROUP + row % GROUP
-            out_row = (first_row + rows + row_tile * USERS * GROUP + row).to(tl.int64)
-            _attend_piece(
-                q_ptr,
-                k_ptr,
-                v_ptr,
-                table_ptr + begin,
-                partial_ptr,
-                lse_ptr,
-                q_row,
-                out_row,
-                live,
-                first_unit * UNIT,
-                tl.minimum(last_unit * UNIT, length),
-                scale_log2e,
-                k_stride,
-                v_stride,
-                PAGE,
-                D,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_D,
-                UNIT,
-                PAGE_BY_ROW,
-                UPCAST,
-            )
+        row = tl.arange(0, BLOCK_M)
+        user = row_tile * USERS + row // GROUP
+        # A share may end inside the overhead of an item: nothing to do then, and nothing may be written.
+        live = (row < USERS * GROUP) & (user < users) & (first_unit < last_unit)
+        if SHARED:
+            user_entry = tl.load(entries_ptr + ENTRY_SORTED * num_entries + place + user, mask=live, other=0)
+        else:
+            user_entry = tl.zeros_like(row) + entry
+        q_row = (user_entry % num_seqs) * HEADS + (pair % KV_HEADS) * GROUP + row % GROUP
+        out_row = (first_row + rows + row_tile * USERS * GROUP + row).to(tl.int64)
+        _attend_piece(
+            q_ptr, k_ptr, v_ptr, k_desc, v_desc, table_ptr + begin, partial_ptr, lse_ptr, q_row, out_row, live,
+            first_unit * UNIT, tl.minimum(last_unit * UNIT, length), scale_log2e, k_stride, v_stride,
+            PAGE, D, BLOCK_M, BLOCK_N, BLOCK_D, UNIT, PAGE_BY_ROW, SKEWED, BULK_COPY, UPCAST,
+        )  # fmt: skip
         position = zero + units
         if not SHARED or position >= cost + tl.cdiv(users, USERS) * (units + OVERHEAD):
             item += 1
@@ -155,118 +143,200 @@ def _load_item(plan_ptr, item, num_items, num_x, BIG: tl.constexpr):
 
 @triton.jit
 def _attend_piece(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    table_ptr,
-    partial_ptr,
-    lse_ptr,
-    q_row,
-    out_row,
-    live,
-    first_token,
-    last_token,
-    scale_log2e,
-    k_stride,
-    v_stride,
-    PAGE: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    UNIT: tl.constexpr,
-    PAGE_BY_ROW: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, k_desc, v_desc, table_ptr, partial_ptr, lse_ptr, q_row, out_row, live,
+    first_token, last_token, scale_log2e, k_stride, v_stride,
+    PAGE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    UNIT: tl.constexpr, PAGE_BY_ROW: tl.constexpr, SKEWED: tl.constexpr, BULK_COPY: tl.constexpr,
     UPCAST: tl.constexpr,
-):
-    """Rows `q_row` against tokens [first_token, last_token) of one head: writes the partial result to `out_row`."""
+):  # fmt: skip
+    """Rows `q_row` against tokens [first_token, last_token) of one head: writes the partial result to `out_row`.
+
+    Where a unit is whole tiles, so are pieces, but for an item's last tile: only that one needs a mask.
+    """
     d = tl.arange(0, BLOCK_D)
     live_d = live[:, None] & (d < D)[None, :]
     q = tl.load(q_ptr + q_row[:, None] * D + d[None, :], mask=live_d, other=0.0)
     if UPCAST:
         q = q.to(tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    # With 16 rows the warps lie along the tokens: summing weights over them waits until the end.
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) if BLOCK_M == 16 else tl.zeros([BLOCK_M], tl.float32)
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     first_tile = first_token // BLOCK_N
-    if UNIT % BLOCK_N == 0:
-        # Pieces begin at whole tiles, so that only the last may need a mask.
-        whole = last_token // BLOCK_N
-        acc, total, peak = _attend_tiles(
-            q, k_ptr, v_ptr, table_ptr, acc, total, peak, first_tile, whole, first_token, last_token, scale_log2e,
-            k_stride, v_stride, PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, UPCAST, False,
+    last_tile = tl.cdiv(last_token, BLOCK_N)
+    if SKEWED:
+        tl.static_assert(UNIT % BLOCK_N == 0)
+        acc, total, peak = _attend_skewed(
+            q, k_ptr, v_ptr, k_desc, v_desc, table_ptr, first_tile, last_tile, last_token, scale_log2e,
+            k_stride, v_stride, PAGE, D, BLOCK_M, BLOCK_N, BLOCK_D, PAGE_BY_ROW, BULK_COPY, UPCAST,
         )  # fmt: skip
-        first_tile = tl.maximum(first_tile, whole)
-    acc, total, peak = _attend_tiles(
-        q, k_ptr, v_ptr, table_ptr, acc, total, peak, first_tile, tl.cdiv(last_token, BLOCK_N), first_token,
-        last_token, scale_log2e, k_stride, v_stride, PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, UPCAST, True,
-    )  # fmt: skip
-    if BLOCK_M == 16:
-        total = tl.sum(total, axis=1)
+    else:
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        # With 16 rows the warps lie along the tokens.
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) if BLOCK_M == 16 else tl.zeros([BLOCK_M], tl.float32)
+        peak = tl.full([BLOCK_M], HIDDEN, tl.float32)
+        if UNIT % BLOCK_N == 0:
+            whole = last_token // BLOCK_N
+            acc, total, peak = _attend_tiles(
+                q, k_ptr, v_ptr, table_ptr, acc, total, peak, first_tile, whole, first_token, last_token,
+                scale_log2e, k_stride, v_stride, PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, UPCAST, False,
+            )  # fmt: skip
+            first_tile = tl.maximum(first_tile, whole)
+        acc, total, peak = _attend_tiles(
+            q, k_ptr, v_ptr, table_ptr, acc, total, peak, first_tile, last_tile, first_token, last_token,
+            scale_log2e, k_stride, v_stride, PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, UPCAST, True,
+        )  # fmt: skip
+        if BLOCK_M == 16:
+            total = tl.sum(total, axis=1)
+    total = tl.where(live, total, 1.0)
     tl.store(partial_ptr + out_row[:, None] * D + d[None, :], acc / total[:, None], mask=live_d)
-    tl.store(lse_ptr + out_row, peak + tl.log2(total), mask=live)
+    tl.store(lse_ptr + out_row, peak * scale_log2e + tl.log2(total), mask=live)
 
 
 @triton.jit
 def _attend_tiles(
-    q,
-    k_ptr,
-    v_ptr,
-    table_ptr,
-    acc,
-    total,
-    peak,
-    first_tile,
-    last_tile,
-    first_token,
-    last_token,
-    scale_log2e,
-    k_stride,
-    v_stride,
-    PAGE: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PAGE_BY_ROW: tl.constexpr,
-    UPCAST: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    q, k_ptr, v_ptr, table_ptr, acc, total, peak, first_tile, last_tile, first_token, last_token,
+    scale_log2e, k_stride, v_stride,
+    PAGE: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PAGE_BY_ROW: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """Online softmax over tiles [first_tile, last_tile). Page ids are loaded one tile ahead of the keys they place."""
-    d = tl.arange(0, BLOCK_D)[None, :]
-    n = tl.arange(0, BLOCK_N)
     page = _page_ids(table_ptr, first_tile, last_token, PAGE, BLOCK_N, PAGE_BY_ROW)
     for tile in tl.range(first_tile, last_tile):
-        token = tile * BLOCK_N + n
-        row = token % PAGE if PAGE_BY_ROW else (tile * BLOCK_N) % PAGE + n
+        token = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = (token >= first_token) & (token < last_token)
-        mask = d < D
-        if MASKED:
-            mask = mask & inside[:, None]
-        page = page.to(tl.int64)
-        if PAGE_BY_ROW:
-            k_rows = k_ptr + page[:, None] * k_stride
-            v_rows = v_ptr + page[:, None] * v_stride
-        else:
-            k_rows = k_ptr + page * k_stride
-            v_rows = v_ptr + page * v_stride
-        k = tl.load(k_rows + (row[:, None] * D + d), mask=mask, other=0.0)
-        v = tl.load(v_rows + (row[:, None] * D + d), mask=mask, other=0.0)
-        if UPCAST:
-            k, v = k.to(tl.float32), v.to(tl.float32)
+        k = _load_tile(
+            k_ptr, None, k_stride, page, tile, inside,
+            PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, False, UPCAST, MASKED,
+        )  # fmt: skip
+        v = _load_tile(
+            v_ptr, None, v_stride, page, tile, inside,
+            PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, False, UPCAST, MASKED,
+        )  # fmt: skip
         page = _page_ids(table_ptr, tile + 1, last_token, PAGE, BLOCK_N, PAGE_BY_ROW)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2e
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
-            logits = tl.where(inside[None, :], logits, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(logits, axis=1))
-        weights = tl.exp2(logits - new_peak[:, None])
-        decay = tl.exp2(peak - new_peak)
-        if len(total.shape) == 2:
-            total = total * decay[:, None] + weights
-        else:
-            total = total * decay + tl.sum(weights, axis=1)
+            logits = tl.where(inside[None, :], logits, HIDDEN)
+        weights, decay, peak = _weights(logits, peak, scale_log2e)
+        total = _add_weights(total, weights, decay)
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-        peak = new_peak
     return acc, total, peak
+
+
+@triton.jit
+def _attend_skewed(
+    q, k_ptr, v_ptr, k_desc, v_desc, table_ptr, first_tile, last_tile, last_token, scale_log2e, k_stride, v_stride,
+    PAGE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PAGE_BY_ROW: tl.constexpr, BULK_COPY: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over tiles [first_tile, last_tile), whose P V product trails one tile behind Q K^T.
+
+    So the tensor cores multiply one tile's weights while the next one's softmax is computed. Weights wait as integers
+    of their bits: as such they stay in registers, from where Hopper's asynchronous products take them. Only the last
+    tile may hold rows beyond `last_token`; their logits are hidden and their values replaced by zeros.
+    """
+    page_v = _page_ids(table_ptr, first_tile, last_token, PAGE, BLOCK_N, PAGE_BY_ROW)
+    page_k = _page_ids(table_ptr, first_tile + 1, last_token, PAGE, BLOCK_N, PAGE_BY_ROW)
+    n = tl.arange(0, BLOCK_N)
+    whole = last_token // BLOCK_N
+    k = _load_tile(
+        k_ptr, k_desc, k_stride, page_v, first_tile, n,
+        PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, BULK_COPY, UPCAST, False,
+    )  # fmt: skip
+    logits = tl.dot(q, tl.trans(k), input_precision="ieee")
+    logits = tl.where((first_tile * BLOCK_N + n < last_token)[None, :], logits, HIDDEN)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    weights, decay, peak = _weights(logits, tl.full([BLOCK_M], HIDDEN, tl.float32), scale_log2e)
+    total = tl.sum(weights, axis=1)
+    bits = _to_bits(weights, q.dtype)
+    for tile in tl.range(first_tile + 1, whole):
+        v = _load_tile(
+            v_ptr, v_desc, v_stride, page_v, tile - 1, n,
+            PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, BULK_COPY, UPCAST, False,
+        )  # fmt: skip
+        k = _load_tile(
+            k_ptr, k_desc, k_stride, page_k, tile, n,
+            PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, BULK_COPY, UPCAST, False,
+        )  # fmt: skip
+        page_v = _page_ids(table_ptr, tile, last_token, PAGE, BLOCK_N, PAGE_BY_ROW)
+        page_k = _page_ids(table_ptr, tile + 1, last_token, PAGE, BLOCK_N, PAGE_BY_ROW)
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee")
+        acc = tl.dot(bits.to(q.dtype, bitcast=True), v, acc * decay[:, None], input_precision="ieee")
+        weights, decay, peak = _weights(logits, peak, scale_log2e)
+        total = total * decay + tl.sum(weights, axis=1)
+        bits = _to_bits(weights, q.dtype)
+    for tile in tl.range(tl.maximum(first_tile + 1, whole), last_tile, num_stages=1):
+        v = _load_tile(
+            v_ptr, v_desc, v_stride, page_v, tile - 1, n,
+            PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, BULK_COPY, UPCAST, False,
+        )  # fmt: skip
+        k = _load_tile(
+            k_ptr, k_desc, k_stride, page_k, tile, n,
+            PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, BULK_COPY, UPCAST, False,
+        )  # fmt: skip
+        page_v = page_k
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee")
+        acc = tl.dot(bits.to(q.dtype, bitcast=True), v, acc * decay[:, None], input_precision="ieee")
+        logits = tl.where((tile * BLOCK_N + n < last_token)[None, :], logits, HIDDEN)
+        weights, decay, peak = _weights(logits, peak, scale_log2e)
+        total = total * decay + tl.sum(weights, axis=1)
+        bits = _to_bits(weights, q.dtype)
+    last = tl.maximum(last_tile - 1, first_tile)
+    v = _load_tile(
+        v_ptr, v_desc, v_stride, page_v, last, last * BLOCK_N + n < last_token,
+        PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, BULK_COPY, UPCAST, True,
+    )  # fmt: skip
+    acc = tl.dot(bits.to(q.dtype, bitcast=True), v, acc * decay[:, None], input_precision="ieee")
+    return acc, total, peak
+
+
+@triton.jit
+def _add_weights(total, weights, decay):
+    """The running sum of weights: of each row, or of each place of a tile where summing over warps can wait."""
+    if len(total.shape) == 2:
+        return total * decay[:, None] + weights
+    else:
+        return total * decay + tl.sum(weights, axis=1)
+
+
+@triton.jit
+def _to_bits(weights, dtype: tl.constexpr):
+    return weights.to(dtype).to(tl.int32 if dtype == tl.float32 else tl.int16, bitcast=True)
+
+
+@triton.jit
+def _weights(logits, peak, scale_log2e):
+    """Unnormalised softmax weights, the factor that earlier ones shrink by, and the new maximum of unscaled logits."""
+    new_peak = tl.maximum(peak, tl.max(logits, axis=1))
+    weights = tl.exp2(logits * scale_log2e - (new_peak * scale_log2e)[:, None])
+    return weights, tl.exp2((peak - new_peak) * scale_log2e), new_peak
+
+
+@triton.jit
+def _load_tile(
+    pages_ptr, desc, stride, page, tile, inside,
+    PAGE: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PAGE_BY_ROW: tl.constexpr,
+    BULK_COPY: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Keys or values [N, D] of a tile; zeros beyond D and, where MASKED, in rows that are not `inside`.
+
+    `desc` spans the pages [P, PAGE, D]; it is used where BULK_COPY and not MASKED.
+    """
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    if PAGE_BY_ROW:
+        row = (tile * BLOCK_N + n) % PAGE
+        pointers = pages_ptr + (page.to(tl.int64) * stride)[:, None] + (row[:, None] * D + d)
+    else:
+        row = (tile * BLOCK_N) % PAGE + n
+        pointers = pages_ptr + page.to(tl.int64) * stride + (row[:, None] * D + d)
+    if BULK_COPY and not MASKED:
+        rows = desc.load([page, (tile * BLOCK_N) % PAGE, 0]).reshape(BLOCK_N, BLOCK_D)
+    elif MASKED and BLOCK_D != D:
+        rows = tl.load(pointers, mask=inside[:, None] & (d < D), other=0.0)
+    elif MASKED:
+        rows = tl.load(pointers, mask=inside[:, None], other=0.0)
+    elif BLOCK_D != D:
+        rows = tl.load(pointers, mask=d < D, other=0.0)
+    else:
+        rows = tl.load(pointers)
+    return rows.to(tl.float32) if UPCAST else rows
 
 
 @triton.jit

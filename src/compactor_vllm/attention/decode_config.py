@@ -29,6 +29,9 @@ class TileConfig:
         unit: tokens per unit of cost; shares are cut at units. Where `block_n` divides it, tiles are cut whole.
         overhead: units that beginning a piece of work costs, besides its tokens.
         min_share: least units of a share, so that small caches are not cut into crumbs.
+        skewed: let the product with V trail one tile behind the one with K (for Hopper's asynchronous products of
+            2-byte types; needs a `unit` that `block_n` divides).
+        bulk_copy: copy skewed tiles with the bulk copy engine (sm_90 and newer), where alignment allows.
     """
 
     block_m: int
@@ -39,6 +42,8 @@ class TileConfig:
     unit: int = 16
     overhead: int = 4
     min_share: int = 8
+    skewed: bool = False
+    bulk_copy: bool = False
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n"):
@@ -48,6 +53,10 @@ class TileConfig:
         for name in ("num_warps", "num_stages", "programs_per_sm", "unit", "min_share"):
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"{name} must be positive, not {getattr(self, name)}")
+        if self.skewed and self.unit % self.block_n:
+            raise InvalidInputError(f"block_n must divide unit where tiles are skewed, not {self.block_n}, {self.unit}")
+        if self.bulk_copy and not self.skewed:
+            raise InvalidInputError("bulk_copy needs skewed")
         if self.overhead < 0:
             raise InvalidInputError(f"overhead must not be negative, not {self.overhead}")
 
@@ -60,12 +69,14 @@ class DecodeConfig:
         small: tiles of segments whose rows fit 16 (a private segment's always do).
         big: tiles of segments that many sequences share.
         merge_warps: warps of a merging program.
+        merge_by_group_from: from this many output rows on, a merging program takes a whole group of query heads.
         dependent_launch: start each kernel's prologue while the one before drains (sm_90 and newer).
     """
 
     small: TileConfig
     big: TileConfig
     merge_warps: int = 4
+    merge_by_group_from: int = 2048
     dependent_launch: bool = False
 
 
@@ -77,41 +88,30 @@ def default_decode_config(capability: tuple[int, int], dtype: torch.dtype, head_
         dtype: of the cache.
         head_dim: D.
     """
-    row_bytes = _padded(head_dim) * dtype.itemsize
     roomy = capability not in _SMALL_SHARED_MEMORY
-    small = TileConfig(
-        block_m=16,
-        block_n=_block_n(row_bytes, 16384 if roomy else 8192),
-        num_warps=4,
-        num_stages=3,
-        programs_per_sm=2,
-    )
-    if dtype == torch.float32:
-        big = TileConfig(block_m=32, block_n=16, num_warps=4, num_stages=2, programs_per_sm=2, unit=64)
-    else:
-        big = TileConfig(
-            block_m=128 if roomy and head_dim <= 128 else 64,
-            block_n=_block_n(row_bytes, 16384 if roomy else 8192),
-            num_warps=8 if roomy and head_dim <= 128 else 4,
-            num_stages=3 if roomy else 2,
-            programs_per_sm=1,
-            unit=64,
-            overhead=1,
-            min_share=2,
-        )
+    padded = max(16, 1 << (head_dim - 1).bit_length())
+    block_n = max(16, min(64, (16384 if roomy else 8192) // (padded * dtype.itemsize)))
     if capability == (0, 0):
-        small = replace(small, block_n=32)
-        big = replace(big, block_m=32, block_n=32)
+        small = TileConfig(block_m=16, block_n=32, num_warps=4, num_stages=1, programs_per_sm=2)
+        return DecodeConfig(small=small, big=replace(small, block_m=32, unit=32), merge_by_group_from=0)
+    small = TileConfig(block_m=16, block_n=block_n, num_warps=4, num_stages=3, programs_per_sm=2)
+    if dtype == torch.float32:
+        # IEEE products run without tensor cores, their operands in registers.
+        small = replace(small, block_n=16, num_stages=2, programs_per_sm=4)
+        return DecodeConfig(small=small, big=replace(small, block_m=32, programs_per_sm=2, unit=64))
+    big = TileConfig(
+        block_m=128 if padded <= 128 else 64,
+        block_n=block_n,
+        num_warps=8,
+        num_stages=3 if roomy else 2,
+        programs_per_sm=1,
+        unit=64,
+        overhead=1,
+        min_share=2,
+        skewed=capability[0] == 9,
+        bulk_copy=capability[0] == 9,
+    )
     return DecodeConfig(small=small, big=big)
-
-
-def _block_n(row_bytes: int, tile_bytes: int) -> int:
-    """Tokens of a K tile of at most `tile_bytes`, between 16 and 64."""
-    return max(16, min(64, tile_bytes // row_bytes))
-
-
-def _padded(size: int) -> int:
-    return max(16, 1 << (size - 1).bit_length())
 
 
 @lru_cache(maxsize=64)

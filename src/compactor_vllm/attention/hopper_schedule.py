@@ -10,7 +10,7 @@ items of a section are sorted by length. The last section ends with the shortest
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,7 +80,7 @@ def _sections(sizes: Sequence[int], capacity: int) -> list[slice]:
             filled = 0
         filled += size
     cuts.append(len(sizes))
-    return [slice(begin, end) for begin, end in zip(cuts, cuts[1:], strict=False) if end > begin]
+    return [slice(begin, end) for begin, end in pairwise(cuts) if end > begin]
 
 
 def _section_items(

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from compactor_vllm.attention.decode_attend_kernel import attend_kernel
 from compactor_vllm.attention.decode_config import DecodeConfig, TileConfig, default_decode_config
@@ -36,8 +37,6 @@ from compactor_vllm.kv_cache.layer_cache import LayerCache
 
 __all__ = ["DecodePlan", "aot_signatures", "decode_attention", "plan_decode"]
 
-# Above this many rows, one merging program takes a whole group of query heads.
-_MERGE_BY_GROUP_FROM = 2048
 _AOT_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -60,7 +59,7 @@ def decode_attention(
         q_BHD: [B, H, D], bfloat16, float16 or float32, the cache's type.
         cache: one layer's cache.
         segments_BG: int32 [B, G], segment slots, -1 where there is none; G at most 8.
-        scale: factor of the logits.
+        scale: factor of the logits, positive.
         out: where to write; shape and dtype of `q_BHD`.
         plan: from `plan_decode` with the lengths that the cache has now; None plans this layer alone.
         layer: which layer of `plan`.
@@ -114,8 +113,8 @@ def _check(
     check_tensor("segments_BG", segments_BG, (B, None), (torch.int32,), device)
     if not 1 <= D <= 256:
         raise InvalidInputError(f"q_BHD must have a head dimension of 1 to 256, not {D}")
-    if not math.isfinite(scale):
-        raise InvalidInputError(f"scale must be finite, not {scale}")
+    if not (math.isfinite(scale) and scale > 0):
+        raise InvalidInputError(f"scale must be positive and finite, not {scale}")
     if out is None:
         out = torch.empty_like(q_BHD)
     check_tensor("out", out, (B, H, D), (q_BHD.dtype,), device)
@@ -131,10 +130,19 @@ def _check(
 
 def _attend(q_BHD: Tensor, cache: LayerCache, scale: float, plan: DecodePlan, words: Tensor, big: bool) -> None:
     tiles = plan.config.big if big else plan.config.small
+    constants = _attend_constants(
+        tiles, plan.num_heads, plan.num_kv_heads, plan.num_segments, plan.head_dim, cache.page_size
+    )
+    pages = (cache.k_pages_PRD, cache.v_pages_PRD)
+    constants["BULK_COPY"] = constants["BULK_COPY"] and all(map(_can_describe, pages))
+    block = [1, constants["BLOCK_N"], constants["BLOCK_D"]]
+    descriptors = [
+        TensorDescriptor(x, list(x.shape), list(x.stride()), block) if constants["BULK_COPY"] else None for x in pages
+    ]
     attend_kernel[(plan.big_programs if big else plan.small_programs,)](
         q_BHD,
-        cache.k_pages_PRD,
-        cache.v_pages_PRD,
+        *pages,
+        *descriptors,
         cache.page_table,
         plan.entries,
         words,
@@ -144,9 +152,7 @@ def _attend(q_BHD: Tensor, cache: LayerCache, scale: float, plan: DecodePlan, wo
         cache.k_pages_PRD.stride(0),
         cache.v_pages_PRD.stride(0),
         plan.num_seqs,
-        **_attend_constants(
-            tiles, plan.num_heads, plan.num_kv_heads, plan.num_segments, plan.head_dim, cache.page_size
-        ),
+        **constants,
         BIG=big,
         SHARED=plan.shared,
         DEPENDENT=plan.config.dependent_launch,
@@ -160,7 +166,7 @@ def _attend(q_BHD: Tensor, cache: LayerCache, scale: float, plan: DecodePlan, wo
 
 def _merge(out: Tensor, plan: DecodePlan, words: Tensor) -> None:
     group = plan.num_heads // plan.num_kv_heads
-    heads = group if plan.num_seqs * plan.num_heads >= _MERGE_BY_GROUP_FROM else 1
+    heads = group if plan.num_seqs * plan.num_heads >= plan.config.merge_by_group_from else 1
     _merge_kernel[(plan.num_seqs * plan.num_heads // heads,)](
         out,
         words,
@@ -190,8 +196,16 @@ def _attend_constants(
         "UNIT": tiles.unit,
         "OVERHEAD": tiles.overhead,
         "PAGE_BY_ROW": by_row,
+        "SKEWED": tiles.skewed,
+        "BULK_COPY": tiles.bulk_copy and not by_row,
         "SCAN": 1024,
     }
+
+
+def _can_describe(pages_PRD: Tensor) -> bool:
+    """Whether pages suit the bulk copy engine: 16-byte alignment throughout."""
+    size = pages_PRD.element_size()
+    return not (pages_PRD.data_ptr() % 16 or pages_PRD.stride(0) * size % 16 or pages_PRD.stride(1) * size % 16)
 
 
 def _tile_tokens(block_n: int, page_size: int) -> tuple[int, bool]:
@@ -254,6 +268,10 @@ def aot_signatures(
                     "UPCAST": False,
                 }
                 floats = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{dtype}")
+                block = f"{attend_constants['BLOCK_N']},{attend_constants['BLOCK_D']}"
+                floats |= dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<{dtype}[1,{block}]>")
+                if not attend_constants["BULK_COPY"]:
+                    attend_constants |= {"k_desc": None, "v_desc": None}
                 yield _aot(
                     attend_kernel,
                     attend_constants,
@@ -345,6 +363,6 @@ def _merge_kernel(
         total = total * decay + tl.sum(weight, axis=0)
         acc = acc * decay[:, None] + tl.sum(weight[:, :, None] * part, axis=0)
         peak = new_peak
-    result = tl.where(total[:, None] > 0, acc / tl.where(total > 0, total, 1.0)[:, None], 0.0)
+    result = acc / tl.where(total == 0, 1.0, total)[:, None]
     at = (seq.to(tl.int64) * HEADS + first_head + head)[:, None] * D + d[None, :]
     tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), mask=(head < MERGE_HEADS)[:, None] & (d < D)[None, :])

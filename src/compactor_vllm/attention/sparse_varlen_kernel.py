@@ -30,6 +30,8 @@ from compactor_vllm.attention.ragged_prefix import RaggedPrefix
 
 __all__ = ["aot_signatures", "prefill_attention"]
 
+# Score of a hidden key: finite, so that a tile without visible keys gives no NaN.
+_HIDDEN = tl.constexpr(-1e30)
 _LOG2_E = 1.4426950408889634
 _MERGE_ROWS = 16
 # A split shorter than this costs more to merge than it saves.
@@ -42,7 +44,7 @@ _PREFIX_TABLES = ("page_table_ptr", "head_begin_ptr", "seg_lens_ptr", "segments_
 def _page_of(table_ptr, n, end, outer, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr):
     """Page of row n (of the last row, from `end` on) where a tile lies inside one page, else `outer`."""
     if PAGE_SIZE > 0 and PAGE_SIZE % BLOCK_N == 0:
-        return tl.load(table_ptr + tl.minimum(n, end - 1) // PAGE_SIZE)
+        return tl.load(table_ptr + tl.maximum(tl.minimum(n, end - 1), 0) // PAGE_SIZE)
     else:
         return outer
 
@@ -59,7 +61,12 @@ def _load_tile(
     Otherwise `outer` is the page that holds the tile, unless a tile spans pages: then row r is row r % PAGE_SIZE of page
     table_ptr[r // PAGE_SIZE]. `desc` spans [pages, PAGE_SIZE, D].
     """
-    row = n % PAGE_SIZE if PAGE_SIZE > 0 else first + n
+    if PAGE_SIZE == 0:
+        row = first + n
+    elif PAGE_SIZE == BLOCK_N:
+        row = 0
+    else:
+        row = n % PAGE_SIZE
     if TMA:
         return desc.load([outer, row, 0]).reshape(BLOCK_N, BLOCK_D)
     else:
@@ -67,7 +74,7 @@ def _load_tile(
         offs_d = tl.arange(0, BLOCK_D)
         if PAGE_SIZE % BLOCK_N != 0:
             rows = n + offs_n
-            pages = tl.load(table_ptr + tl.minimum(rows, end - 1) // PAGE_SIZE).to(tl.int64)
+            pages = tl.load(table_ptr + tl.maximum(tl.minimum(rows, end - 1), 0) // PAGE_SIZE).to(tl.int64)
             row_ptr = ptr + (pages * stride_outer + rows % PAGE_SIZE * stride_row)
         else:
             row_ptr = ptr + tl.cast(outer, tl.int64) * stride_outer + tl.cast(row, tl.int64) * stride_row
@@ -99,15 +106,19 @@ def _to_bits(p_MN, dtype: tl.constexpr):
 
 
 @triton.jit
-def _mask_scores(s_MN, position_M, n, end, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr):
+def _mask_scores(s_MN, position, n, end, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr):
+    """Hides the keys [n, n + BLOCK_N) after each row's own, `position` + row, or those from `end` on."""
     offs_n = n + tl.arange(0, BLOCK_N)
-    visible = position_M[:, None] >= offs_n[None, :] if CAUSAL else (offs_n < end)[None, :]
-    return tl.where(visible, s_MN, float("-inf"))
+    if CAUSAL:
+        visible = (position + tl.arange(0, s_MN.shape[0]))[:, None] >= offs_n[None, :]
+    else:
+        visible = (offs_n < end)[None, :]
+    return tl.where(visible, s_MN, _HIDDEN)
 
 
 @triton.jit
 def _attend_range(
-    acc_MD, l_M, m_M, q_MD, position_M, qk_scale,
+    acc_MD, l_M, m_M, q_MD, position, qk_scale,
     k_ptr, v_ptr, k_desc, v_desc, table_ptr, outer, first, begin, full_end, end,
     stride_k_outer, stride_k_row, stride_v_outer, stride_v_row,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr,
@@ -115,23 +126,25 @@ def _attend_range(
 ):  # fmt: skip
     """Adds keys [begin, end) to the running softmax; tiles up to `full_end` are visible to all rows of the tile.
 
-    `begin` is a multiple of BLOCK_N and less than `end`. The first tile and those from `full_end` on are masked: by
-    causality against `position_M`, or by `end`.
+    `begin` is a multiple of BLOCK_N. The first tile and those from `full_end` on are masked: by causality against
+    `position`, that of the tile's first row, or by `end`. An empty range (`end` 0) costs a tile and changes nothing that counts: weights of hidden
+    keys are wiped out by the first visible one.
     """
     dtype: tl.constexpr = q_MD.dtype
     page_v = _page_of(table_ptr, begin, end, outer, BLOCK_N, PAGE_SIZE)
     page_k = _page_of(table_ptr, begin + BLOCK_N, end, outer, BLOCK_N, PAGE_SIZE)
     s_MN = tl.zeros([q_MD.shape[0], BLOCK_N], tl.float32)
-    # Always true. In a region of its own, the tile's buffer is free again when the loops begin.
+    # In a region of its own, the tile's buffer is free again when the loops begin.
     if end > 0:
         k_ND = _load_tile(k_ptr, k_desc, table_ptr, page_v, first, begin, end, stride_k_outer, stride_k_row, D, BLOCK_D, BLOCK_N, PAGE_SIZE, TMA, True)  # fmt: skip
         s_MN = tl.dot(q_MD, k_ND.T, input_precision=PRECISION)
-    s_MN = _mask_scores(s_MN, position_M, begin, end, BLOCK_N, CAUSAL)
+    s_MN = _mask_scores(s_MN, position, begin, end, BLOCK_N, CAUSAL)
     p_MN, alpha_M, l_M, m_M = _softmax_step(s_MN, l_M, m_M, qk_scale)
     bits_MN = _to_bits(p_MN, dtype)
+    # Pages are looked up a tile ahead. The maximum changes nothing: the compiler pipelines no loop that hands a value on
+    # as it is for two rounds.
     for n in range(begin + BLOCK_N, full_end, BLOCK_N):
-        next_v = _page_of(table_ptr, n, end, outer, BLOCK_N, PAGE_SIZE)
-        next_k = _page_of(table_ptr, n + BLOCK_N, end, outer, BLOCK_N, PAGE_SIZE)
+        next_page = _page_of(table_ptr, n + BLOCK_N, end, outer, BLOCK_N, PAGE_SIZE)
         v_ND = _load_tile(v_ptr, v_desc, table_ptr, page_v, first, n - BLOCK_N, end, stride_v_outer, stride_v_row, D, BLOCK_D, BLOCK_N, PAGE_SIZE, TMA, False)  # fmt: skip
         k_ND = _load_tile(k_ptr, k_desc, table_ptr, page_k, first, n, end, stride_k_outer, stride_k_row, D, BLOCK_D, BLOCK_N, PAGE_SIZE, TMA, False)  # fmt: skip
         s_MN = tl.dot(q_MD, k_ND.T, input_precision=PRECISION)
@@ -139,22 +152,23 @@ def _attend_range(
         acc_MD = tl.dot(bits_MN.to(dtype, bitcast=True), v_ND, acc_MD, input_precision=PRECISION)
         p_MN, alpha_M, l_M, m_M = _softmax_step(s_MN, l_M, m_M, qk_scale)
         bits_MN = _to_bits(p_MN, dtype)
-        page_v = next_v
-        page_k = next_k
+        if PAGE_SIZE > 0 and PAGE_SIZE % BLOCK_N == 0:
+            page_v = tl.maximum(page_k, 0)
+            page_k = next_page
     for n in tl.range(tl.maximum(full_end, begin + BLOCK_N), end, BLOCK_N, num_stages=2):
-        next_v = _page_of(table_ptr, n, end, outer, BLOCK_N, PAGE_SIZE)
-        next_k = _page_of(table_ptr, n + BLOCK_N, end, outer, BLOCK_N, PAGE_SIZE)
+        next_page = _page_of(table_ptr, n + BLOCK_N, end, outer, BLOCK_N, PAGE_SIZE)
         v_ND = _load_tile(v_ptr, v_desc, table_ptr, page_v, first, n - BLOCK_N, end, stride_v_outer, stride_v_row, D, BLOCK_D, BLOCK_N, PAGE_SIZE, TMA, False)  # fmt: skip
         k_ND = _load_tile(k_ptr, k_desc, table_ptr, page_k, first, n, end, stride_k_outer, stride_k_row, D, BLOCK_D, BLOCK_N, PAGE_SIZE, TMA, True)  # fmt: skip
         s_MN = tl.dot(q_MD, k_ND.T, input_precision=PRECISION)
         acc_MD = acc_MD * alpha_M[:, None]
         acc_MD = tl.dot(bits_MN.to(dtype, bitcast=True), v_ND, acc_MD, input_precision=PRECISION)
-        s_MN = _mask_scores(s_MN, position_M, n, end, BLOCK_N, CAUSAL)
+        s_MN = _mask_scores(s_MN, position, n, end, BLOCK_N, CAUSAL)
         p_MN, alpha_M, l_M, m_M = _softmax_step(s_MN, l_M, m_M, qk_scale)
         bits_MN = _to_bits(p_MN, dtype)
-        page_v = next_v
-        page_k = next_k
-    last = (end - 1) // BLOCK_N * BLOCK_N
+        if PAGE_SIZE > 0 and PAGE_SIZE % BLOCK_N == 0:
+            page_v = tl.maximum(page_k, 0)
+            page_k = next_page
+    last = tl.maximum(end - 1, 0) // BLOCK_N * BLOCK_N
     v_ND = _load_tile(v_ptr, v_desc, table_ptr, page_v, first, last, end, stride_v_outer, stride_v_row, D, BLOCK_D, BLOCK_N, PAGE_SIZE, False, True)  # fmt: skip
     acc_MD = acc_MD * alpha_M[:, None]
     acc_MD = tl.dot(bits_MN.to(dtype, bitcast=True), v_ND, acc_MD, input_precision=PRECISION)
@@ -167,25 +181,23 @@ def _prefill_kernel(
     k_pages_ptr, v_pages_ptr, k_pages_desc, v_pages_desc, page_table_ptr, head_begin_ptr, seg_lens_ptr, segments_ptr,
     stride_q_row, stride_q_head, stride_k_row, stride_k_head, stride_v_row, stride_v_head,
     stride_out_row, stride_out_head, stride_out_split, stride_lse_row, stride_lse_split,
-    stride_k_page, stride_v_page, stride_begin, stride_lens, num_segments, num_splits, qk_scale,
+    stride_k_page, stride_v_page, stride_begin, stride_lens, num_segments, log_splits, qk_scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PAGE_SIZE: tl.constexpr, HAS_LSE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (H, B * num_splits, query tiles), the longest tiles first; heads of a group run side by side.
+    """Grid (H, B << log_splits, query tiles), the longest tiles first; heads of a group run side by side.
 
-    With num_splits > 1, split i takes its part of every prefix segment, the last one the new tokens too, and `out`
+    With several splits, split i takes its part of every prefix segment, the last one the new tokens too, and `out`
     and `lse` are float32 partial results [S, T, H, D] and [S, T, H] for `_merge_kernel`.
     """
     head = tl.program_id(0)
-    sequence = tl.program_id(1) // num_splits
-    split = tl.program_id(1) % num_splits
+    sequence = tl.program_id(1) >> log_splits
+    split = tl.program_id(1) - (sequence << log_splits)
     m0 = (tl.num_programs(2) - 1 - tl.program_id(2)) * BLOCK_M
     first_q = tl.load(cu_q_ptr + sequence)
     q_len = tl.load(cu_q_ptr + sequence + 1) - first_q
     if m0 >= q_len:
         return
-    first_k = tl.load(cu_k_ptr + sequence)
-    k_len = tl.load(cu_k_ptr + sequence + 1) - first_k
     kv_head = head // GROUP
     offs_m = m0 + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
@@ -195,47 +207,59 @@ def _prefill_kernel(
     row_M = (first_q + offs_m).to(tl.int64)
     q_ptr += head * stride_q_head
     q_MD = tl.load(q_ptr + (row_M * stride_q_row)[:, None] + offs_d[None, :], mask=mask_MD, other=0.0)
-    position_M = k_len - q_len + offs_m
     acc_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     l_M = tl.zeros([BLOCK_M], tl.float32)
     m_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
 
     if PAGE_SIZE > 0:
+        slots_ptr = segments_ptr + sequence * num_segments
+        used_segments = 0
         for g in range(num_segments):
-            slot = tl.load(segments_ptr + sequence * num_segments + g).to(tl.int64)
-            length = 0
-            table_ptr = page_table_ptr
-            if slot >= 0:
-                length = tl.load(seg_lens_ptr + slot * stride_lens + kv_head)
-                table_ptr += tl.load(head_begin_ptr + slot * stride_begin + kv_head)
+            used_segments = tl.where(tl.load(slots_ptr + g) >= 0, g + 1, used_segments)
+        # No branch around a range: with one, ptxas serialises the asynchronous products (its message C7515).
+        for g in range(used_segments):
+            slot = tl.load(slots_ptr + g)
+            row = tl.maximum(slot, 0).to(tl.int64)
+            length = tl.where(slot >= 0, tl.load(seg_lens_ptr + row * stride_lens + kv_head), 0)
+            table_ptr = page_table_ptr + tl.load(head_begin_ptr + row * stride_begin + kv_head)
             tiles = tl.cdiv(length, BLOCK_N)
-            begin = tiles * split // num_splits * BLOCK_N
-            end = tl.minimum(tiles * (split + 1) // num_splits * BLOCK_N, length)
-            if begin < end:
-                acc_MD, l_M, m_M = _attend_range(
-                    acc_MD, l_M, m_M, q_MD, position_M, qk_scale,
-                    k_pages_ptr, v_pages_ptr, k_pages_desc, v_pages_desc, table_ptr, 0, 0,
-                    begin, end // BLOCK_N * BLOCK_N, end, stride_k_page, D, stride_v_page, D,
-                    D, BLOCK_D, BLOCK_N, PAGE_SIZE, TMA, False, PRECISION,
-                )  # fmt: skip
-    if split == num_splits - 1:
+            begin = (tiles * split >> log_splits) * BLOCK_N
+            end = tl.minimum((tiles * (split + 1) >> log_splits) * BLOCK_N, length)
+            end = tl.where(begin < end, end, 0)
+            begin = tl.minimum(begin, end)
+            acc_MD, l_M, m_M = _attend_range(
+                acc_MD, l_M, m_M, q_MD, 0, qk_scale,
+                k_pages_ptr, v_pages_ptr, k_pages_desc, v_pages_desc, table_ptr, 0, 0,
+                begin, end // BLOCK_N * BLOCK_N, end, stride_k_page, D, stride_v_page, D,
+                D, BLOCK_D, BLOCK_N, PAGE_SIZE, TMA, False, PRECISION,
+            )  # fmt: skip
+    # Read only now, and again below, so that few addresses stay in registers while the loops run.
+    first_k = tl.load(cu_k_ptr + sequence, volatile=True)
+    k_len = tl.load(cu_k_ptr + sequence + 1, volatile=True) - first_k
+    first_q = tl.load(cu_q_ptr + sequence, volatile=True)
+    q_len = tl.load(cu_q_ptr + sequence + 1, volatile=True) - first_q
+    if split + 1 == 1 << log_splits:
         position = k_len - q_len + m0
         acc_MD, l_M, m_M = _attend_range(
-            acc_MD, l_M, m_M, q_MD, position_M, qk_scale,
+            acc_MD, l_M, m_M, q_MD, position, qk_scale,
             k_ptr, v_ptr, k_desc, v_desc, page_table_ptr, kv_head, first_k,
             0, (position + 1) // BLOCK_N * BLOCK_N, tl.minimum(position + BLOCK_M, k_len),
             stride_k_head, stride_k_row, stride_v_head, stride_v_row,
             D, BLOCK_D, BLOCK_N, 0, TMA, True, PRECISION,
         )  # fmt: skip
 
-    l_M = tl.where(l_M > 0, l_M, 1.0)
+    l_M = tl.where(l_M == 0, 1.0, l_M)
+    first_q = tl.load(cu_q_ptr + sequence, volatile=True)
+    valid_M = offs_m < tl.load(cu_q_ptr + sequence + 1, volatile=True) - first_q
+    row_M = (first_q + offs_m).to(tl.int64)
     out_ptr += tl.cast(split, tl.int64) * stride_out_split + head * stride_out_head
-    out_MD = (acc_MD / l_M[:, None]).to(out_ptr.dtype.element_ty)
+    out_MD = (acc_MD * (1.0 / l_M)[:, None]).to(out_ptr.dtype.element_ty)
+    mask_MD = valid_M[:, None] if BLOCK_D == D else valid_M[:, None] & (offs_d < D)[None, :]
     tl.store(out_ptr + (row_M * stride_out_row)[:, None] + offs_d[None, :], out_MD, mask=mask_MD)
     if HAS_LSE:
         lse_M = (m_M + tl.log2(l_M)) * 0.6931471805599453
         lse_ptr += tl.cast(split, tl.int64) * stride_lse_split + head
-        tl.store(lse_ptr + row_M * stride_lse_row, lse_M, mask=offs_m < q_len)
+        tl.store(lse_ptr + row_M * stride_lse_row, lse_M, mask=valid_M)
 
 
 @triton.jit
@@ -306,7 +330,8 @@ def prefill_attention(
         cu_seqlens_q_B1: int32 [B + 1], where the query rows of each sequence begin and end, if `q_THD` holds only the
             last ones of each (a range of rows of a long prompt); without it, those of all tokens.
         config: replaces the card's tile shapes.
-        num_splits: programs that share the prefix of one query tile; by default as many as the card has room for.
+        num_splits: programs that share the prefix of one query tile, a power of two; by default as many as the card has
+            room for.
 
     Returns:
         [T, H, D].
@@ -344,10 +369,11 @@ def prefill_attention(
 
 
 def _choose_splits(programs: int, prefix: RaggedPrefix | None, device: torch.device) -> int:
-    """Splits of the prefix that fill the card with one program per multiprocessor."""
+    """Splits of the prefix, a power of two, that fill the card with at most one program per multiprocessor."""
     if prefix is None:
         return 1
-    return max(1, min(multiprocessors(device) // programs, prefix.max_len // _MIN_SPLIT_TOKENS, _MAX_SPLITS))
+    splits = max(1, min(multiprocessors(device) // programs, prefix.max_len // _MIN_SPLIT_TOKENS, _MAX_SPLITS))
+    return 1 << (splits.bit_length() - 1)
 
 
 def _launch(
@@ -385,10 +411,9 @@ def _launch(
         q_THD.stride(0), q_THD.stride(1), k_TKD.stride(0), k_TKD.stride(1), v_TKD.stride(0), v_TKD.stride(1),
         out_row, out_head, out_split, H, lse_split,
         *((0,) * 4 if cache is None else (pages[0].stride(0), pages[1].stride(0), cache.head_begin_SK.stride(0), cache.seg_lens_SK.stride(0))),
-        0 if segments is None else segments.shape[1], splits, scale * _LOG2_E,
+        0 if segments is None else segments.shape[1], splits.bit_length() - 1, scale * _LOG2_E,
         GROUP=H // k_TKD.shape[1], D=D, BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        PAGE_SIZE=page_size, HAS_LSE=lse is not None, TMA=tma,
-        PRECISION="ieee" if q_THD.dtype == torch.float32 else "tf32",
+        PAGE_SIZE=page_size, HAS_LSE=lse is not None, TMA=tma, PRECISION="ieee" if q_THD.dtype == torch.float32 else "tf32",
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 

@@ -91,7 +91,8 @@ def build_prompt(llm: LLM, inputs: Inputs, *, chat: bool, system: str | None) ->
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The text to answer, or a question about --file.")] = None,
     file: Annotated[
-        Path | None, typer.Option("--file", "-f", help='Text to answer; with PROMPT, its context. "-" is standard input.')
+        Path | None,
+        typer.Option("--file", "-f", help='Text to answer; with PROMPT, its context. "-" is standard input.'),
     ] = None,
     chat: Annotated[
         bool, typer.Option("--chat/--raw", help="Use the model's chat template, or continue the text as it is.")

@@ -15,7 +15,7 @@ from compactor_vllm.errors import CompactorError
 
 app = typer.Typer(
     name="compactor-vllm",
-    help="Run language models with a compressed KV cache: the tokens that matter stay, the memory of the rest is freed.",
+    help="Run language models with a compressed KV cache: what matters stays, the memory of the rest is freed.",
     epilog="Start with `compactor-vllm demo`, which needs no account and no GPU. "
     "`compactor-vllm generate --help` shows how to ask about a document of your own.",
     no_args_is_help=True,

@@ -63,4 +63,5 @@ def _hub() -> list[dict[str, Any]]:
     if not hub_cache_dir().is_dir():
         return []
     repositories = [repo for repo in scan_cache_dir(hub_cache_dir()).repos if repo.repo_type == "model"]
-    return [{"name": repo.repo_id, "bytes": repo.size_on_disk} for repo in sorted(repositories, key=lambda r: r.repo_id)]
+    repositories.sort(key=lambda repo: repo.repo_id)
+    return [{"name": repo.repo_id, "bytes": repo.size_on_disk} for repo in repositories]

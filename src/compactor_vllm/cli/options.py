@@ -27,7 +27,7 @@ Model = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="Hub id, local directory, GGUF file, or a built-in name. `compactor-vllm models` lists what is known here.",
+        help="Hub id, local directory, GGUF file, or a built-in name; `compactor-vllm models` lists what is here.",
         show_default=True,
         rich_help_panel=_MODEL,
     ),

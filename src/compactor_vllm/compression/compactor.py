@@ -49,17 +49,17 @@ class Compactor(BaseCompressionMethod):
 
     name: ClassVar[str] = "compactor"
 
-    leverage_weight: float | str = 0.3
+    leverage_weight: float | str = "removed"
     attention_weight: float = 1.0
     attention_chunk: int = 256
     logits_scale: float | str = 1.0
     group_reduction: str = "sum"
-    value_weighting: bool = False
+    value_weighting: bool = True
     pool: int = 3
     attention_zscore: str = "sequence"
     leverage_chunk: int | str = "call"
     leverage_zscore: str = "chunk"
-    statistics: str = "all"
+    statistics: str = "unprotected"
     ridge: float = 5e-3
     sketch_size: int | None = None
 

@@ -49,7 +49,7 @@ class BatchCompressionParams:
 
     compression_method: MethodSpec = CompressionMethod.NONE
     compression_type: str = "layer"
-    do_chunked_compression: bool = True
+    do_chunked_compression: bool = False
     chunk_size: int = 512
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 WHOLE = 1 << 30
-"""A unit that no sequence exceeds."""
+"""A unit that no sequence exceeds; also a block that no unit exceeds, so that blocks are the units themselves."""
 
 
 def max_blocks(num_tokens: int, num_seqs: int, block: int, unit: int = WHOLE) -> int:
@@ -24,6 +24,15 @@ def max_blocks(num_tokens: int, num_seqs: int, block: int, unit: int = WHOLE) ->
 
 
 @triton.jit
+def _blocks_of(lane, valid, cu_seqlens_ptr, unit, BLOCK: tl.constexpr):
+    """Blocks of each sequence `lane`; 0 where not valid."""
+    begin = tl.load(cu_seqlens_ptr + lane, mask=valid, other=0)
+    length = tl.load(cu_seqlens_ptr + lane + 1, mask=valid, other=0) - begin
+    blocks = (length // unit) * ((unit + BLOCK - 1) // BLOCK) + (length % unit + BLOCK - 1) // BLOCK
+    return tl.where(valid, tl.maximum(blocks, 1), 0)
+
+
+@triton.jit
 def locate_block(index, cu_seqlens_ptr, num_seqs, unit, BLOCK: tl.constexpr):
     """Sequence of block `index` and the number of that sequence's first block.
 
@@ -32,20 +41,25 @@ def locate_block(index, cu_seqlens_ptr, num_seqs, unit, BLOCK: tl.constexpr):
     sequence = 0
     first_block = 0
     seen = 0
-    per_unit = (unit + BLOCK - 1) // BLOCK
     for start in range(0, num_seqs, 128):
         lane = start + tl.arange(0, 128)
-        valid = lane < num_seqs
-        begin = tl.load(cu_seqlens_ptr + lane, mask=valid, other=0)
-        length = tl.load(cu_seqlens_ptr + lane + 1, mask=valid, other=0) - begin
-        blocks = (length // unit) * per_unit + (length % unit + BLOCK - 1) // BLOCK
-        blocks = tl.where(valid, tl.maximum(blocks, 1), 0)
+        blocks = _blocks_of(lane, lane < num_seqs, cu_seqlens_ptr, unit, BLOCK)
         ends = seen + tl.cumsum(blocks, 0)
-        passed = valid & (ends <= index)
+        passed = (lane < num_seqs) & (ends <= index)
         sequence += tl.sum(passed.to(tl.int32), 0)
         first_block = tl.maximum(first_block, tl.max(tl.where(passed, ends, 0), 0))
         seen += tl.sum(blocks, 0)
     return sequence, first_block
+
+
+@triton.jit
+def blocks_before(sequence, cu_seqlens_ptr, unit, BLOCK: tl.constexpr):
+    """Number of the first block of `sequence`."""
+    seen = 0
+    for start in range(0, sequence, 128):
+        lane = start + tl.arange(0, 128)
+        seen += tl.sum(_blocks_of(lane, lane < sequence, cu_seqlens_ptr, unit, BLOCK), 0)
+    return seen
 
 
 @triton.jit

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compactor_vllm.compression.kernel_blocks import locate_block, max_blocks
+from compactor_vllm.compression.kernel_blocks import blocks_before, locate_block, max_blocks
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import check_tensor
 
@@ -328,13 +328,7 @@ def _floor_cut_kernel(
     """One program a (sequence, head): key and token of the last pair inside the head's floor."""
     sequence = tl.program_id(0)
     head = tl.program_id(1)
-    first_block = 0
-    for start in range(0, sequence, 128):
-        lane = start + tl.arange(0, 128)
-        earlier = lane < sequence
-        length = tl.load(cu_seqlens_ptr + lane + 1, mask=earlier, other=0)
-        length -= tl.load(cu_seqlens_ptr + lane, mask=earlier, other=0)
-        first_block += tl.sum(tl.where(earlier, tl.maximum((length + BLOCK - 1) // BLOCK, 1), 0), 0)
+    first_block = blocks_before(sequence, cu_seqlens_ptr, 1 << 30, BLOCK)
     begin = tl.load(cu_seqlens_ptr + sequence)
     end = tl.load(cu_seqlens_ptr + sequence + 1)
     num_blocks = tl.maximum((end - begin + BLOCK - 1) // BLOCK, 1)

@@ -14,6 +14,8 @@ REPLACEMENT = "\ufffd"
 """What decoders write for bytes that are no character, or not yet one."""
 CONTEXT_TOKENS = 8
 """Tokens of the prompt that the output is decoded after."""
+FRESH_TOKENS = 8
+"""The window moves on when at least so many tokens beyond its context are out: one decode a token, most times."""
 MAX_WINDOW = 64
 """A window that has no clean end for so many tokens is cut inside."""
 MAX_SPLIT_TOKENS = 4
@@ -96,19 +98,14 @@ class IncrementalDetokenizer:
         settled = text[self._taken : len(text) - open_end]
         self._taken += len(settled)
         if end == len(self._window):
-            if not open_end:
-                self._start_window(self._fresh)
-            elif end > MAX_WINDOW:
+            if open_end and end > MAX_WINDOW:
                 self._cut_window(text)
+            elif not open_end and end - self._fresh >= FRESH_TOKENS:
+                # Everything is out: the fresh tokens become the context of what follows.
+                self._window = self._window[self._fresh :]
+                self._fresh = self._decoded = len(self._window)
+                self._taken = len(self._decode(self._window))
         return settled
-
-    def _start_window(self, begin: int) -> None:
-        """Everything is out: the tokens from `begin` become the context of what follows."""
-        context = self._decode(self._window[begin:])
-        if context:
-            self._window = self._window[begin:]
-            self._fresh = self._decoded = len(self._window)
-            self._taken = len(context)
 
     def _cut_window(self, text: str) -> None:
         """Drops most of a window whose last character is open, and the tokens of which decode to `text`.

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from compactor_vllm.compression.allocation import selection_arguments
 from compactor_vllm.compression.common import SequenceSpan
 from compactor_vllm.core.request import PrefillPart, Request
 from compactor_vllm.kv_cache.segment import Segment
@@ -74,6 +75,7 @@ def _build_group(items: list[PrefillItem], first: int, begin: int, runner) -> St
     lens = [len(item.part) for item in items]
     keep = [item.part.kept for item in items]
     params = items[0].request.sequence.batch_compression_params
+    floors = [item.part.method.head_floor if item.part.method is not None else 0.0 for item in items]
     spans, at = [], 0
     protected_T = np.zeros(sum(lens), dtype=bool)
     for item, length in zip(items, lens, strict=True):
@@ -108,18 +110,10 @@ def _build_group(items: list[PrefillItem], first: int, begin: int, runner) -> St
         kept_pairs=sum(keep) * kv_heads,
         protected_T=torch.from_numpy(protected_T).to(device),
         counts_BK=_int32([[length] * kv_heads for length in lens]).to(device),
-        per_head=params.compression_type == "head",
-        floor_B=_floors(items, keep, device),
+        compression_type=params.compression_type,
+        selection=selection_arguments(params.compression_type, keep, floors, device),
         chunk_size=params.chunk_size if params.do_chunked_compression else None,
     )
-
-
-def _floors(items: list[PrefillItem], keep: list[int], device: torch.device) -> torch.Tensor | None:
-    """Tokens that each head keeps by its own ranking before heads compete."""
-    method = items[0].part.method
-    if method is None or not method.head_floor:
-        return None
-    return _int32([int(method.head_floor * kept) for kept in keep]).to(device)
 
 
 def _reserved_pages(items: list[PrefillItem]) -> tuple[np.ndarray, np.ndarray]:

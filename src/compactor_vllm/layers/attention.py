@@ -52,7 +52,7 @@ def scoring_context(info: LayerInfo, group: StoreGroup, batch: PrefillBatch, ker
         spans=group.spans,
         cu_seqlens=group.cu_seqlens,
         positions_T=batch.positions_T[group.begin : group.end],
-        compression_type="head" if group.per_head else "layer",
+        compression_type=group.compression_type,
         chunk_size=group.chunk_size,
         sketch_size=info.sketch_size,
         rotate=info.rotate,
@@ -109,8 +109,7 @@ def store_group(
             group.keep_B,
             group.protected_T,
             group.kept_pairs,
-            per_head=group.per_head,
-            floor_B=group.floor_B,
+            **group.selection,
         )
     kernels.assign_pages(
         cache,

@@ -136,12 +136,7 @@ def rope_spec(
         CheckpointError: an unknown type, a missing or impossible parameter, or a part of the dimensions only.
     """
     params = rope_parameters(config)
-    rope_type = params.get("rope_type", "default")
-    if rope_type not in ROPE_TYPES:
-        raise CheckpointError(f"RoPE type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
-    for value in (params.get("partial_rotary_factor"), config.get("partial_rotary_factor")):
-        if value is not None and value != 1:
-            raise CheckpointError(f"partial_rotary_factor={value!r} is not supported; only 1.0 is")
+    rope_type = params["rope_type"]
     theta = params.get("rope_theta") or config.get("rope_theta") or default_theta
     fields: dict[str, Any] = {"rope_theta": _positive("rope_theta", theta)}
     if rope_type != "default":
@@ -159,7 +154,11 @@ def rope_spec(
 
 
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The RoPE parameters of either spelling as one dict with the key `rope_type`."""
+    """The RoPE parameters of either spelling as one dict with the key `rope_type`.
+
+    Raises:
+        CheckpointError: an unknown type, parameters per layer, or a part of the dimensions only.
+    """
     for name in ("rope_scaling", "rope_parameters"):
         params = config.get(name)
         if params is not None and not isinstance(params, Mapping):
@@ -173,6 +172,11 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     params = dict(params)
     params["rope_type"] = params.get("rope_type") or params.pop("type", None) or "default"
     params.pop("type", None)
+    if params["rope_type"] not in ROPE_TYPES:
+        raise CheckpointError(f"RoPE type {params['rope_type']!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
+    for value in (params.get("partial_rotary_factor"), config.get("partial_rotary_factor")):
+        if value is not None and value != 1:
+            raise CheckpointError(f"partial_rotary_factor={value!r} is not supported; only 1.0 is")
     return params
 
 

@@ -211,7 +211,8 @@ def _draw(x_RV: Tensor, max_R: Tensor, table_RF: Tensor, draws: Draws) -> Tensor
     weights_RV = _filter(x_RV, weights_RV, top_k_R.long(), top_p_R, draws)
     cumulative_RV = weights_RV.cumsum(1)
     total_R = cumulative_RV[:, -1]
-    target_R = torch.minimum((uniform_R * total_R).long(), total_R - 1)
+    # A number below 1 is at most 1 - 2^-53: even rounded, the product stays below the total.
+    target_R = (uniform_R * total_R).long()
     return torch.searchsorted(cumulative_RV, target_R[:, None], right=True).squeeze(1).clamp_(max=vocab_size - 1)
 
 
@@ -238,7 +239,7 @@ def _filter(x_RV: Tensor, weights_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor, 
 
 def _nucleus_target(total_R: Tensor, top_p_R: Tensor) -> Tensor:
     """Weight that the nucleus must reach, int64: at least 1, at most the total."""
-    target_R = torch.minimum((top_p_R * total_R).ceil().long().clamp_(min=1), total_R)
+    target_R = torch.minimum((top_p_R * total_R).ceil().long(), total_R)
     # The product is rounded; a row without top_p must keep everything whether its group has the filter or not.
     return torch.where(top_p_R == 1, total_R, target_R)
 

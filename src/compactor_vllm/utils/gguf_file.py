@@ -143,7 +143,7 @@ class GGUFFile:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         except CheckpointError:
             raise
-        except (struct.error, ValueError, KeyError, IndexError, OverflowError) as error:
+        except (struct.error, ValueError, KeyError, IndexError, OverflowError, RecursionError) as error:
             raise CheckpointError(f"{path} is truncated or damaged: {error}") from error
 
     def _parse(self, cursor: _Cursor) -> None:

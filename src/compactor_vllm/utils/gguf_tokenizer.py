@@ -54,13 +54,14 @@ def build_tokenizer(name: str, metadata: Mapping[str, Any]) -> Any | None:
     builders = {"gpt2": _byte_level_bpe, "llama": _sentencepiece_bpe}
     if kind not in builders:
         raise CheckpointError(f"{name}: tokenizer.ggml.model={kind!r} is not supported; supported: gpt2, llama")
+    named = _named_tokens(name, metadata)
     backend = builders[kind](name, metadata)
     _add_special_tokens(backend, metadata)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         clean_up_tokenization_spaces=False,
         chat_template=metadata.get("tokenizer.chat_template"),
-        **_named_tokens(name, metadata),
+        **named,
     )
 
 
