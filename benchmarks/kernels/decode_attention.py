@@ -243,7 +243,8 @@ def big_variants(base: DecodeConfig) -> list[tuple[str, DecodeConfig]]:
     """Candidates for shared segments: (block_m, block_n, warps, stages, programs per SM, way)."""
     shapes = [
         (128, 64, 8, 3, 1, "bulk"), (128, 64, 8, 4, 1, "bulk"), (128, 128, 8, 2, 1, "bulk"),
-        (128, 128, 8, 3, 1, "bulk"),        (64, 64, 4, 3, 2, "bulk"), (64, 128, 4, 2, 2, "bulk"), (128, 64, 4, 2, 2, "bulk"), (128, 64, 8, 3, 1, "skewed"),
+        (128, 128, 8, 3, 1, "bulk"),
+        (64, 64, 4, 3, 2, "bulk"), (64, 128, 4, 2, 2, "bulk"), (128, 64, 4, 2, 2, "bulk"), (128, 64, 8, 3, 1, "skewed"),
         (64, 64, 4, 3, 1, "skewed"), (128, 64, 8, 3, 1, "plain"), (64, 64, 4, 3, 2, "plain"),
     ]  # fmt: skip
     variants = []

@@ -86,7 +86,7 @@ def test_the_decoding_example_keeps_the_most_recent() -> None:
     (code,) = [code for code in runnable("adding-a-method.md") if "decode_scoring(" in code]
     names = run(code)
     method = names["MostRecent"](prune_every=8)
-    assert method.prunes_while_decoding
+    assert method.decode_pruning is not None
     positions = torch.tensor([[0, 5, 7, 9], [1, 8, 10, 0]], dtype=torch.int32)
     lens = torch.tensor([4, 3])
     context = DecodeScoringContext(

@@ -125,8 +125,8 @@ def test_options_are_checked(option: dict) -> None:
 
 
 def test_only_prune_every_prunes_while_decoding() -> None:
-    assert not SnapKV().prunes_while_decoding
-    assert SnapKV(prune_every=16).prunes_while_decoding
+    assert SnapKV().decode_pruning is None
+    assert SnapKV(prune_every=16).decode_pruning == DecodePruning(window=32, every=16)
 
 
 def test_none_scores_nothing() -> None:
@@ -135,6 +135,6 @@ def test_none_scores_nothing() -> None:
     method = NoCompression()
     pre = method.pre_rope_scoring(q, k, v, context)
     assert pre is None and method.post_rope_scoring(q, k, v, pre, context) is None
-    assert not method.prunes_while_decoding
+    assert method.decode_pruning is None
     with pytest.raises(NotImplementedError, match="NoCompression cannot prune"):
         method.decode_scoring(q, k, v, context)

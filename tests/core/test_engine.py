@@ -4,46 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
-from compactor_vllm import (
-    LLM,
-    BatchCompressionParams,
-    LLMConfig,
-    SamplingParams,
-    SequenceCompressionParams,
-)
+from compactor_vllm import BatchCompressionParams, SamplingParams, SequenceCompressionParams
 from compactor_vllm.kv_cache.gather import gather_segment
+from tests.core.conftest import PAGE
 from tests.masked_reference import MaskedReference
-from tests.tiny import VOCAB, save_tiny
-
-PAGE = 16
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tiny")
-    return directory, save_tiny(directory)
-
-
-@pytest.fixture(scope="module")
-def make_llm(checkpoint):
-    def make(**changes):
-        options = {
-            "kvcache_page_size": PAGE,
-            "kv_cache_memory_bytes": 4 * 2**20,
-            "max_num_seqs": 16,
-            "max_model_len": 2048,
-            "show_progress_bar": False,
-        }
-        return LLM(LLMConfig(model=str(checkpoint[0]), **(options | changes)))
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def llm(make_llm):
-    return make_llm()
 
 
 @pytest.fixture(scope="module")
@@ -376,7 +341,3 @@ def test_new_requests_join_while_others_decode(llm):
     # what the first request drew while `generate` ran the engine is not lost to it
     assert joined.output_token_ids == alone[1]
     assert [t for c in chunks for t in c.token_ids] == alone[0]
-
-
-def test_vocabulary_is_what_the_checkpoint_says(llm):
-    assert llm.spec.vocab_size == VOCAB and torch.is_tensor(llm._engine.manager.cache.kv_pool)

@@ -61,9 +61,7 @@ def fill(manager: KVCacheManager, lens_LK: np.ndarray, growth: int, stamp: int) 
         kept = torch.cat([torch.arange(int(n), dtype=torch.int32) for n in lens_LK[layer]])
         positions = torch.arange(longest)
         reference.store_selected(cache, k_TKD, -k_TKD, positions, None, kept, counts, slots)
-        rows.append(
-            [[(float(values[t, h]), t) for t in range(int(lens_LK[layer, h]))] for h in range(KV_HEADS)]
-        )
+        rows.append([[(float(values[t, h]), t) for t in range(int(lens_LK[layer, h]))] for h in range(KV_HEADS)])
     manager.settle([segment])
     return Contents(segment, rows)
 

@@ -89,7 +89,9 @@ def check_segments(
     if cache.page_size % 16:
         raise InvalidInputError(f"cache.page_size must be a multiple of 16, not {cache.page_size}")
     if cache.head_begin_SK.shape[1] != num_kv_heads:
-        raise InvalidInputError(f"cache.head_begin_SK must have {num_kv_heads} KV heads, not {cache.head_begin_SK.shape[1]}")
+        raise InvalidInputError(
+            f"cache.head_begin_SK must have {num_kv_heads} KV heads, not {cache.head_begin_SK.shape[1]}"
+        )
 
 
 def check_count(name: str, value: int) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from compactor_vllm.compression.common import (
         BaseCompressionMethod,
+        DecodePruning,
         DecodeScoringContext,
         ScoringContext,
         SequenceSpan,
@@ -32,6 +33,7 @@ __all__ = [
     "BatchCompressionParams",
     "Compactor",
     "CompressionMethod",
+    "DecodePruning",
     "DecodeScoringContext",
     "NoCompression",
     "ScoringContext",
@@ -48,6 +50,7 @@ _HOMES = {
     "CompressionMethod": "compression_params",
     "SequenceCompressionParams": "compression_params",
     "BaseCompressionMethod": "common",
+    "DecodePruning": "common",
     "DecodeScoringContext": "common",
     "ScoringContext": "common",
     "SequenceSpan": "common",

@@ -22,6 +22,7 @@ from compactor_vllm.compression.compression_params import CompressionMethod
 __all__ = [
     "BaseCompressionMethod",
     "CompressionMethod",
+    "DecodePruning",
     "DecodeScoringContext",
     "ScoringContext",
     "SequenceSpan",
@@ -110,6 +111,14 @@ class DecodeScoringContext:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DecodePruning:
+    """Running sequences are pruned every `every` generated tokens, scored by their last `window` queries."""
+
+    window: int
+    every: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class BaseCompressionMethod:
     """A compression method: scores per token and KV head, high = keep.
 
@@ -160,15 +169,15 @@ class BaseCompressionMethod:
     def decode_scoring(self, q_WHD: Tensor, k_KLD: Tensor, v_KLD: Tensor, context: DecodeScoringContext) -> Tensor:
         """Scores of a running sequence's kept tokens from its last queries: float32 [K, L].
 
-        Called every `prune_every` tokens for methods that have it (streaming compression). Rows at or beyond
+        Called as `decode_pruning` says (streaming compression). Rows at or beyond
         `context.lens_K` are padding; their scores are ignored.
         """
         raise NotImplementedError(f"{type(self).__name__} cannot prune a running sequence")
 
     @property
-    def prunes_while_decoding(self) -> bool:
-        """Whether running sequences are pruned; such a method has fields `window` and `prune_every`."""
-        return False
+    def decode_pruning(self) -> DecodePruning | None:
+        """When and from how many queries running sequences are pruned; None where they are not."""
+        return None
 
     def deferred_keep(self, scores: list[Tensor], budget: int, protected: Tensor) -> list[Tensor] | None:
         """For mode "deferred": boolean keep masks [N, K], one a layer, from all layers' scores.

@@ -1,7 +1,6 @@
 """Triton version of `reference.leverage_scores`, for a batch of sequences.
 
-All products are sums of tensor-core products of 16-bit terms: a float32 is the sum of three bfloat16 terms, a bfloat16
-key is one, and products of terms are exact, so results are as exact as with float32 products. The Gram matrix G of a
+All products are as exact as float32 products, though tensor cores take them (`leverage_math`). The Gram matrix G of a
 chunk's centred sketch is factored as L D Lᵀ inside one program; with W = D^-1/2 L⁻¹, leverage is ‖W (k - μ) Φ‖², a sum
 of squares that rounding cannot make negative, taken with the one projection Φ Wᵀ. Directions that rounding leaves no
 trace of (pivots below 1e-6 of their diagonal) count as absent.
@@ -23,13 +22,14 @@ import triton.language as tl
 from torch import Tensor
 
 from compactor_vllm.compression.kernel_blocks import WHOLE, block_tokens, blocks_before, locate_block, max_blocks
+from compactor_vllm.compression.leverage_math import chunk_moments, store_leverage, whitening
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_tensor
 
 MAX_COLUMNS = 127
 _FUSED_CHUNK = 1024
 _BLOCK = 512  # tokens of a program of the long path
-_ROWS = 64  # tokens of a step
+_ROWS = 64  # tokens of a step; half of it for wide heads and for float32
 _KEY_TERMS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 
@@ -74,11 +74,11 @@ def leverage_scores(k_TKD: Tensor, phi_DS: Tensor, cu_seqlens_B1: Tensor, *, chu
         "PADDED": padded,
         "KEY_TERMS": _KEY_TERMS[k_TKD.dtype],
         "PHI_TERMS": phi.shape[0],
-        "ROWS": _ROWS,
+        **_tile(dim, k_TKD.dtype),
     }
-    options = {"num_warps": 4 if padded <= 64 else 8, "num_stages": 2}
+    options = {"num_warps": 4 if padded <= 64 else 8, "num_stages": 2 if _is_small(dim, k_TKD.dtype) else 1}
     units = max_blocks(num_tokens, num_seqs, WHOLE, unit)
-    if min(unit, num_tokens) <= _FUSED_CHUNK:
+    if min(unit, num_tokens) <= _FUSED_CHUNK and _is_small(dim, k_TKD.dtype):
         _leverage_kernel[(units, num_kv_heads)](
             k_TKD, phi, cu_seqlens_B1, out_TK, num_seqs, unit, float(ridge), **constants, **options
         )
@@ -96,6 +96,16 @@ def leverage_scores(k_TKD: Tensor, phi_DS: Tensor, cu_seqlens_B1: Tensor, *, chu
         k_TKD, phi, cu_seqlens_B1, factors, out_TK, num_seqs, unit, **constants, BLOCK=_BLOCK, **options
     )
     return out_TK
+
+
+def _is_small(dim: int, dtype: torch.dtype) -> bool:
+    """Whether tiles of such keys are small enough for the fused kernel and for loads ahead of use."""
+    return dim <= 128 and dtype.itemsize == 2
+
+
+def _tile(dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tokens of a step, and terms of Φ Wᵀ: two of them (relative error 2^-16) where three exceed shared memory."""
+    return {"ROWS": _ROWS if _is_small(dim, dtype) else _ROWS // 2, "PROJECTION_TERMS": 3 if dim <= 128 else 2}
 
 
 _SKETCH_TERMS: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
@@ -124,167 +134,10 @@ def _sketch_terms(phi_DS: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @triton.jit
-def _dot_terms(terms, b, acc, FIRST: tl.constexpr, LAST: tl.constexpr):
-    """acc + terms @ b, b being cut into LAST - FIRST terms."""
-    for j in tl.static_range(FIRST, LAST):
-        term = b.to(terms.dtype)
-        acc = tl.dot(terms, term, acc)
-        if j + 1 < LAST:
-            b -= term.to(tl.float32)
-    return acc
-
-
-@triton.jit
-def _dot_keys(k, b, acc, KEY_TERMS: tl.constexpr, TERM: tl.constexpr):
-    """acc + k @ b in float32, both cut into terms; products below 2^-24 of the largest are left out."""
-    rest = k if KEY_TERMS == 1 else k.to(tl.float32)
-    for i in tl.static_range(KEY_TERMS):
-        term = rest.to(TERM)
-        acc = _dot_terms(term, b, acc, i, 3)
-        if i + 1 < KEY_TERMS:
-            rest -= term.to(tl.float32)
-    return acc
-
-
-@triton.jit
-def _sketch(
-    k, phi_ptr, DIM_PADDED: tl.constexpr, PADDED: tl.constexpr, KEY_TERMS: tl.constexpr, PHI_TERMS: tl.constexpr
-):
-    """k Φ in float32, exact to its last bits."""
-    acc = tl.zeros((k.shape[0], PADDED), tl.float32)
-    rest = k if KEY_TERMS == 1 else k.to(tl.float32)
-    for i in tl.static_range(KEY_TERMS):
-        term = rest.to(phi_ptr.dtype.element_ty)
-        for j in tl.static_range(PHI_TERMS):
-            if i + j < 3:
-                acc = tl.dot(term, _load_sketch(phi_ptr, j, DIM_PADDED, PADDED), acc)
-        if i + 1 < KEY_TERMS:
-            rest -= term.to(tl.float32)
-    return acc
-
-
-@triton.jit
-def _load_sketch(phi_ptr, term, DIM_PADDED: tl.constexpr, PADDED: tl.constexpr):
-    row = term * DIM_PADDED + tl.arange(0, DIM_PADDED)
-    return tl.load(phi_ptr + row[:, None] * PADDED + tl.arange(0, PADDED)[None, :])
-
-
-@triton.jit
-def _load_keys(
-    k_ptr, begin, end, head, NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, ROWS: tl.constexpr
-):
-    """Keys [ROWS, DIM_PADDED] of tokens begin.. of a head; zeros beyond `end`."""
-    token = begin + tl.arange(0, ROWS)
-    dims = tl.arange(0, DIM_PADDED)
-    row = token.to(tl.int64) * NUM_KV_HEADS + head
-    mask = (token < end)[:, None] & (dims < DIM)[None, :]
-    return tl.load(k_ptr + row[:, None] * DIM + dims[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _first_mean(
-    k_ptr, phi_ptr, begin, end, head,
-    NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PADDED: tl.constexpr,
-    PHI_TERMS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Sketch [PADDED] of the mean of the first rows."""
-    k = _load_keys(k_ptr, begin, end, head, NUM_KV_HEADS, DIM, DIM_PADDED, ROWS).to(tl.float32)
-    mean = tl.sum(k, 0) / tl.maximum(tl.minimum(end - begin, ROWS), 1).to(tl.float32)
-    sketch = tl.zeros((PADDED,), tl.float32)
-    for i in tl.static_range(PHI_TERMS):
-        sketch += tl.sum(mean[:, None] * _load_sketch(phi_ptr, i, DIM_PADDED, PADDED).to(tl.float32), 0)
-    return sketch
-
-
-@triton.jit
-def _chunk_moments(
-    k_ptr, phi_ptr, begin, end, head,
-    NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, COLUMNS: tl.constexpr,
-    PADDED: tl.constexpr, KEY_TERMS: tl.constexpr, PHI_TERMS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Mean [PADDED] and centred Gram matrix [PADDED, PADDED] of the sketch of tokens [begin, end).
-
-    One pass: deviations are taken from the mean of the first rows, which the exact mean corrects in the end; column
-    COLUMNS is one, so that the same products add up the sums. Deviations are sums high + middle + low of terms, and
-    G is a matrix, of which half is added up, plus its transpose.
-    """
-    TERM: tl.constexpr = phi_ptr.dtype.element_ty
-    column = tl.arange(0, PADDED)
-    shift = _first_mean(k_ptr, phi_ptr, begin, end, head, NUM_KV_HEADS, DIM, DIM_PADDED, PADDED, PHI_TERMS, ROWS)
-    half = tl.zeros((PADDED, PADDED), tl.float32)
-    for start in range(begin, end, ROWS):
-        k = _load_keys(k_ptr, start, end, head, NUM_KV_HEADS, DIM, DIM_PADDED, ROWS)
-        x = _sketch(k, phi_ptr, DIM_PADDED, PADDED, KEY_TERMS, PHI_TERMS)
-        x = tl.where((column == COLUMNS)[None, :], 1.0, x - shift[None, :])
-        x = tl.where((start + tl.arange(0, ROWS) < end)[:, None], x, 0.0)
-        high = x.to(TERM)
-        x -= high.to(tl.float32)
-        middle = x.to(TERM)
-        low = (x - middle.to(tl.float32)).to(TERM)
-        half = tl.dot(tl.trans(high), (high * 0.5).to(TERM), half)
-        half = tl.dot(tl.trans(high), middle, half)
-        half = tl.dot(tl.trans(high), low, half)
-        half = tl.dot(tl.trans(middle), (middle * 0.5).to(TERM), half)
-    gram = half + tl.trans(half)
-    real = column < COLUMNS
-    count = tl.maximum(end - begin, 1).to(tl.float32)
-    sums = tl.sum(tl.where((column == COLUMNS)[:, None], gram, 0.0), 0)
-    offset = tl.where(real, sums, 0.0) / count
-    gram = tl.where(real[:, None] & real[None, :], gram - count * offset[:, None] * offset[None, :], 0.0)
-    return shift + offset, gram
-
-
-@triton.jit
-def _whitener(gram, ridge, COLUMNS: tl.constexpr, PADDED: tl.constexpr):
-    """D^-1/2 L⁻¹ of gram + ridge = L D Lᵀ, as a [PADDED, PADDED] matrix (rows beyond COLUMNS are zero).
-
-    Elimination in place: step j leaves row j of L⁻¹ left of the diagonal and the pivot on it.
-    """
-    row = tl.arange(0, PADDED)
-    on_diagonal = row[:, None] == row[None, :]
-    diagonal = tl.sum(tl.where(on_diagonal, gram, 0.0), 0)
-    level = tl.sum(diagonal, 0) / COLUMNS
-    ridge += level * 1e-10 + 1e-20
-    a = gram + tl.where(on_diagonal, ridge, 0.0)
-    smallest = (diagonal + ridge) * 1e-6
-    for j in range(COLUMNS):
-        pivot_row = tl.sum(tl.where((row == j)[:, None], a, 0.0), 0)
-        pivot = tl.sum(tl.where(row == j, pivot_row, 0.0), 0)
-        least = tl.sum(tl.where(row == j, smallest, 0.0), 0)
-        inverse = tl.where(pivot > least, 1.0 / tl.maximum(pivot, least), 0.0)
-        below = tl.where(row > j, pivot_row * inverse, 0.0)[:, None]
-        a = tl.where((row == j)[None, :] & (row > j)[:, None], -below, a - below * pivot_row[None, :])
-    pivots = tl.sum(tl.where(on_diagonal, a, 0.0), 1)
-    scale = tl.where((pivots > smallest) & (row < COLUMNS), tl.rsqrt(tl.maximum(pivots, smallest)), 0.0)
-    lower = tl.where(row[:, None] > row[None, :], a, tl.where(on_diagonal, 1.0, 0.0))
-    return lower * scale[:, None]
-
-
-@triton.jit
-def _store_leverage(
-    k_ptr, phi_ptr, out_ptr, begin, end, head, mean, whitener,
-    NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PADDED: tl.constexpr,
-    KEY_TERMS: tl.constexpr, PHI_TERMS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Leverage ‖W (k - μ) Φ‖² of tokens [begin, end), with the projection Φ Wᵀ and the offset W μ taken beforehand."""
-    TERM: tl.constexpr = phi_ptr.dtype.element_ty
-    projection = tl.zeros((DIM_PADDED, PADDED), tl.float32)
-    for i in tl.static_range(PHI_TERMS):
-        phi = _load_sketch(phi_ptr, i, DIM_PADDED, PADDED)
-        projection = _dot_terms(phi, tl.trans(whitener), projection, i, 3)
-    offset = tl.sum(whitener * mean[None, :], 1)
-    for start in range(begin, end, ROWS):
-        k = _load_keys(k_ptr, start, end, head, NUM_KV_HEADS, DIM, DIM_PADDED, ROWS)
-        z = _dot_keys(k, projection, tl.zeros((ROWS, PADDED), tl.float32), KEY_TERMS, TERM) - offset[None, :]
-        token = start + tl.arange(0, ROWS)
-        tl.store(out_ptr + token.to(tl.int64) * NUM_KV_HEADS + head, tl.sum(z * z, 1), mask=token < end)
-
-
-@triton.jit
 def _leverage_kernel(
     k_ptr, phi_ptr, cu_seqlens_ptr, out_ptr, num_seqs, unit, ridge,
     NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, COLUMNS: tl.constexpr,
-    PADDED: tl.constexpr, KEY_TERMS: tl.constexpr, PHI_TERMS: tl.constexpr,
+    PADDED: tl.constexpr, KEY_TERMS: tl.constexpr, PHI_TERMS: tl.constexpr, PROJECTION_TERMS: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """One program a (chunk, head)."""
@@ -295,13 +148,13 @@ def _leverage_kernel(
         first_token = tl.load(cu_seqlens_ptr + sequence)
         length = tl.load(cu_seqlens_ptr + sequence + 1) - first_token
         begin, end = block_tokens(index - first_unit, first_token, length, unit, 1 << 30)
-        mean, gram = _chunk_moments(
+        mean, gram = chunk_moments(
             k_ptr, phi_ptr, begin, end, head, NUM_KV_HEADS, DIM, DIM_PADDED, COLUMNS, PADDED, KEY_TERMS, PHI_TERMS, ROWS
         )
-        whitener = _whitener(gram, ridge, COLUMNS, PADDED)
-        _store_leverage(
+        whitener = whitening(gram, ridge, COLUMNS, PADDED)
+        store_leverage(
             k_ptr, phi_ptr, out_ptr, begin, end, head, mean, whitener,
-            NUM_KV_HEADS, DIM, DIM_PADDED, PADDED, KEY_TERMS, PHI_TERMS, ROWS,
+            NUM_KV_HEADS, DIM, DIM_PADDED, PADDED, KEY_TERMS, PHI_TERMS, PROJECTION_TERMS, ROWS,
         )  # fmt: skip
 
 
@@ -317,7 +170,7 @@ def _matrix_pointers(base_ptr, index, head, NUM_KV_HEADS: tl.constexpr, PADDED: 
 def _moments_kernel(
     k_ptr, phi_ptr, cu_seqlens_ptr, parts_ptr, num_seqs, unit,
     NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, COLUMNS: tl.constexpr,
-    PADDED: tl.constexpr, KEY_TERMS: tl.constexpr, PHI_TERMS: tl.constexpr,
+    PADDED: tl.constexpr, KEY_TERMS: tl.constexpr, PHI_TERMS: tl.constexpr, PROJECTION_TERMS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Mean and centred Gram matrix of the sketch of one block of tokens."""
@@ -328,7 +181,7 @@ def _moments_kernel(
         first_token = tl.load(cu_seqlens_ptr + sequence)
         length = tl.load(cu_seqlens_ptr + sequence + 1) - first_token
         begin, end = block_tokens(index - first_block, first_token, length, unit, BLOCK)
-        mean, gram = _chunk_moments(
+        mean, gram = chunk_moments(
             k_ptr, phi_ptr, begin, end, head, NUM_KV_HEADS, DIM, DIM_PADDED, COLUMNS, PADDED, KEY_TERMS, PHI_TERMS, ROWS
         )
         matrix, vector = _matrix_pointers(parts_ptr, index, head, NUM_KV_HEADS, PADDED)
@@ -364,7 +217,7 @@ def _factor_kernel(
             offset = tl.load(vector) - mean
             gram += tl.load(matrix) + count * offset[:, None] * offset[None, :]
         matrix, vector = _matrix_pointers(factors_ptr, index, head, NUM_KV_HEADS, PADDED)
-        tl.store(matrix, _whitener(gram, ridge, COLUMNS, PADDED))
+        tl.store(matrix, whitening(gram, ridge, COLUMNS, PADDED))
         tl.store(vector, mean)
 
 
@@ -372,7 +225,7 @@ def _factor_kernel(
 def _apply_kernel(
     k_ptr, phi_ptr, cu_seqlens_ptr, factors_ptr, out_ptr, num_seqs, unit,
     NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, COLUMNS: tl.constexpr,
-    PADDED: tl.constexpr, KEY_TERMS: tl.constexpr, PHI_TERMS: tl.constexpr,
+    PADDED: tl.constexpr, KEY_TERMS: tl.constexpr, PHI_TERMS: tl.constexpr, PROJECTION_TERMS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Leverage of one block of tokens."""
@@ -386,37 +239,27 @@ def _apply_kernel(
         in_unit = (index - first_block) // ((unit + BLOCK - 1) // BLOCK)
         factor = blocks_before(sequence, cu_seqlens_ptr, unit, 1 << 30) + in_unit
         matrix, vector = _matrix_pointers(factors_ptr, factor, head, NUM_KV_HEADS, PADDED)
-        _store_leverage(
+        store_leverage(
             k_ptr, phi_ptr, out_ptr, begin, end, head, tl.load(vector), tl.load(matrix),
-            NUM_KV_HEADS, DIM, DIM_PADDED, PADDED, KEY_TERMS, PHI_TERMS, ROWS,
+            NUM_KV_HEADS, DIM, DIM_PADDED, PADDED, KEY_TERMS, PHI_TERMS, PROJECTION_TERMS, ROWS,
         )  # fmt: skip
 
 
 def aot_signatures() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int, str]]:
     """Configurations for ahead-of-time compilation: (kernel, signature, constexprs, warps, stages, label)."""
     special = {"cu_seqlens_ptr": "*i32", "num_seqs": "i32", "unit": "i32", "ridge": "fp32"}
-    for dtype, dim in (("bf16", 128), ("fp16", 128), ("bf16", 64), ("bf16", 256), ("fp32", 128)):
-        floats = {"k_ptr": f"*{dtype}", "phi_ptr": "*bf16", "out_ptr": "*fp32"}
-        everything = {
-            "NUM_KV_HEADS": 8,
-            "DIM": dim,
-            "DIM_PADDED": dim,
-            "COLUMNS": 48,
-            "PADDED": 64,
-            "KEY_TERMS": {"bf16": 1, "fp16": 2, "fp32": 3}[dtype],
-            "PHI_TERMS": 1,
-            "ROWS": _ROWS,
-            "BLOCK": _BLOCK,
-        }
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    for name, dim, terms in (("bf16", 128, 1), ("bf16", 128, 3), ("fp16", 128, 1), ("bf16", 64, 1), ("bf16", 256, 1),
+                             ("fp32", 128, 1)):  # fmt: skip
+        pointers = {"k_ptr": f"*{name}", "phi_ptr": "*bf16", "out_ptr": "*fp32"}
+        shape = {"NUM_KV_HEADS": 8, "DIM": dim, "DIM_PADDED": dim, "COLUMNS": 48, "PADDED": 64, "BLOCK": _BLOCK}
+        shape |= {"KEY_TERMS": _KEY_TERMS[dtypes[name]], "PHI_TERMS": terms, **_tile(dim, dtypes[name])}
+        small = _is_small(dim, dtypes[name])
         for kernel in (_leverage_kernel, _moments_kernel, _factor_kernel, _apply_kernel):
-            constants = {name: value for name, value in everything.items() if name in kernel.arg_names}
+            if kernel is _leverage_kernel and not small:
+                continue
+            constants = {name: value for name, value in shape.items() if name in kernel.arg_names}
             names = [name for name in kernel.arg_names if name not in constants]
-            signature = {name: floats.get(name) or special.get(name) or "*fp32" for name in names}
-            yield (
-                kernel,
-                signature,
-                constants,
-                int(__import__("os").environ.get("W", "4")),
-                int(__import__("os").environ.get("S", "2")),
-                f"leverage {kernel.__name__} {dtype} D{dim}",
-            )
+            signature = {name: pointers.get(name) or special.get(name) or "*fp32" for name in names}
+            label = f"leverage {kernel.__name__} {name} D{dim} sketch of {terms}"
+            yield kernel, signature, constants, 4, 2 if small else 1, label

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from compactor_vllm.compression.checks import check_choice, check_int
-from compactor_vllm.compression.common import BaseCompressionMethod, DecodeScoringContext, ScoringContext
+from compactor_vllm.compression.common import BaseCompressionMethod, DecodePruning, DecodeScoringContext, ScoringContext
 from compactor_vllm.compression.reference import POOL_KINDS, pool_scores, window_attention_scores
 
 WINDOW_SCORE = 2.0
@@ -50,8 +50,8 @@ class SnapKV(BaseCompressionMethod):
         check_int(self, "prune_every", 1, optional=True)
 
     @property
-    def prunes_while_decoding(self) -> bool:
-        return self.prune_every is not None
+    def decode_pruning(self) -> DecodePruning | None:
+        return None if self.prune_every is None else DecodePruning(window=self.window, every=self.prune_every)
 
     def post_rope_scoring(
         self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, pre_rope_scores_TK: Tensor | None, context: ScoringContext

@@ -92,7 +92,9 @@ class SamplingParams:
         if value is None and optional:
             return
         if not _is_int(value) or value < low:
-            raise InvalidInputError(f"{name} must be an integer >= {low}{' or None' if optional else ''}, not {value!r}")
+            raise InvalidInputError(
+                f"{name} must be an integer >= {low}{' or None' if optional else ''}, not {value!r}"
+            )
 
 
 def _is_int(value: Any) -> bool:

@@ -17,8 +17,8 @@ from compactor_vllm.errors import ConfigError, MissingDependencyError
 from compactor_vllm.kv_cache.layer_cache import LayerKV
 from compactor_vllm.kv_cache.page_table import page_bytes
 from compactor_vllm.layers.kernels import Kernels, resolve_kernels
-from compactor_vllm.models.spec import ModelSpec
 from compactor_vllm.models.registry import load_model, model_spec
+from compactor_vllm.models.spec import ModelSpec
 from compactor_vllm.utils.loader import open_checkpoint
 
 logger = logging.getLogger("compactor_vllm")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -56,8 +55,8 @@ def render(tokenizer: Any, messages: Sequence[Message], template_kwargs: Mapping
 def content_start(tokenizer: Any, messages: Sequence[Message], index: int, kwargs: Mapping[str, Any]) -> int:
     """Where the content of message `index` begins in the rendered text, in characters."""
     marked = [*messages[:index], {**messages[index], "content": _MARKER}, *messages[index + 1 :]]
-    text = render(tokenizer, messages, kwargs)
-    return len(os.path.commonprefix([text, render(tokenizer, marked, kwargs)]))
+    pairs = zip(render(tokenizer, messages, kwargs), render(tokenizer, marked, kwargs), strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), 0)
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -104,6 +103,4 @@ def chat_prompt(
     budget = kept_tokens(len(token_ids), params.compression_ratio, params.max_kept_tokens, 0)
     fits = len(token_ids) - message + params.protected_first_tokens <= budget
     tail = (message if fits else suffix, len(token_ids))
-    return ChatPrompt(
-        token_ids=token_ids, params=replace(params, protected_ranges=(*params.protected_ranges, tail))
-    )
+    return ChatPrompt(token_ids=token_ids, params=replace(params, protected_ranges=(*params.protected_ranges, tail)))

@@ -38,8 +38,9 @@ class Engine:
     # ---- requests ------------------------------------------------------------------------------------------------
 
     def add(self, request: Request) -> None:
-        if request.method.prunes_while_decoding:
-            request.window_LWHD = self.runner.new_window(request.method.window)
+        pruning = request.method.decode_pruning
+        if pruning is not None:
+            request.window_LWHD = self.runner.new_window(pruning.window)
         self.scheduler.add(request)
 
     def abort(self, request: Request) -> None:
@@ -153,8 +154,8 @@ class Engine:
 
     def _prune(self, running: list[Request]) -> None:
         for request in running:
-            method = request.method
-            if not method.prunes_while_decoding or request.computed - request.pruned_at < method.prune_every:
+            pruning = request.method.decode_pruning
+            if pruning is None or request.computed - request.pruned_at < pruning.every:
                 continue
             params, length = request.sequence.compression_params, request.computed
             protected = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import Any
 
@@ -14,11 +14,12 @@ from compactor_vllm.core.chat import Message, chat_prompt
 from compactor_vllm.core.detokenizer import IncrementalDetokenizer
 from compactor_vllm.core.planning import check_tokens, plan_method, plan_parts, warn_without_effect
 from compactor_vllm.core.request import Request
+from compactor_vllm.core.stream import AnswerStream
 from compactor_vllm.errors import EngineClosedError, InvalidInputError, MissingDependencyError, RequestError
 from compactor_vllm.layers.penalties import TokenCounts, has_penalties
 from compactor_vllm.utils.arguments import per_input
 from compactor_vllm.utils.helpers import batch_progress, derive_seed
-from compactor_vllm.utils.sequence import Sequence, StreamChunk
+from compactor_vllm.utils.sequence import Sequence
 
 Prompt = str | SequenceOf[int]
 """Text, or token ids."""
@@ -52,7 +53,9 @@ class LLM:
         prompts: Prompt | SequenceOf[Prompt],
         sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
         batch_compression_params: BatchCompressionParams | None = None,
-        per_sequence_compression_params: SequenceCompressionParams | SequenceOf[SequenceCompressionParams] | None = None,
+        per_sequence_compression_params: SequenceCompressionParams
+        | SequenceOf[SequenceCompressionParams]
+        | None = None,
         return_sequences: bool = False,
     ) -> Any:
         """Continues prompts.
@@ -70,7 +73,7 @@ class LLM:
             RequestError: an input is wrong; the message names its index. Nothing has run.
         """
         single = isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(p, int) for p in prompts))
-        inputs = [prompts] if single else list(prompts)
+        inputs: list[Any] = [prompts] if single else list(prompts)
         batch = batch_compression_params or BatchCompressionParams()
         samplings = per_input("sampling_params", sampling_params, SamplingParams, len(inputs))
         compressions = per_input(
@@ -92,7 +95,9 @@ class LLM:
         messages_batch: SequenceOf[Message] | SequenceOf[SequenceOf[Message]],
         sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
         batch_compression_params: BatchCompressionParams | None = None,
-        per_sequence_compression_params: SequenceCompressionParams | SequenceOf[SequenceCompressionParams] | None = None,
+        per_sequence_compression_params: SequenceCompressionParams
+        | SequenceOf[SequenceCompressionParams]
+        | None = None,
         return_sequences: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
@@ -149,10 +154,8 @@ class LLM:
         batch_compression_params: BatchCompressionParams | None = None,
         per_sequence_compression_params: SequenceCompressionParams | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> Iterator[StreamChunk]:
-        """Yields the answer to one prompt (text, token ids or a conversation) as it is drawn.
-
-        Closing the iterator ends the request and frees its pages.
+    ) -> AnswerStream:
+        """The answer to one prompt (text, token ids or a conversation), to be iterated over as it is drawn.
 
         Raises:
             RequestError: an input is wrong; raised by the call itself, before anything runs.
@@ -170,7 +173,8 @@ class LLM:
             batch_compression_params=batch_compression_params or BatchCompressionParams(),
         )
         groups = self._prepare([sequence], single=True)
-        return self._stream(groups[0])
+        self._submit(groups)
+        return AnswerStream(self._engine, groups[0])
 
     # ---- the rest ------------------------------------------------------------------------------------------------
 
@@ -260,11 +264,15 @@ class LLM:
         seed = derive_seed(self.config.seed, arrival) if params.seed is None else params.seed
         group = []
         for completion in range(params.n):
-            member = sequence if completion == 0 else Sequence(
-                prompt_token_ids=sequence.prompt_token_ids,
-                sampling_params=params,
-                compression_params=sequence.compression_params,
-                batch_compression_params=sequence.batch_compression_params,
+            member = (
+                sequence
+                if completion == 0
+                else Sequence(
+                    prompt_token_ids=sequence.prompt_token_ids,
+                    sampling_params=params,
+                    compression_params=sequence.compression_params,
+                    batch_compression_params=sequence.batch_compression_params,
+                )
             )
             group.append(
                 Request(
@@ -281,7 +289,7 @@ class LLM:
                     completion=completion,
                 )
             )
-        if not method.prunes_while_decoding:  # pruning changes a sequence's own segment, so it cannot share its prompt
+        if method.decode_pruning is None:  # pruning changes a sequence's own segment, so it cannot share its prompt
             group[0].siblings = group[1:]
         return group
 
@@ -289,9 +297,7 @@ class LLM:
         stop = tuple(sequence.sampling_params.stop)
         if self.tokenizer is None and not stop:
             return None
-        return IncrementalDetokenizer(
-            self._text_tokenizer(), stop=stop, prompt_token_ids=sequence.prompt_token_ids
-        )
+        return IncrementalDetokenizer(self._text_tokenizer(), stop=stop, prompt_token_ids=sequence.prompt_token_ids)
 
     def _check_fit(self, request: Request) -> None:
         needed, total = self._engine.scheduler.pages_to_finish(request), self.num_pages
@@ -322,20 +328,6 @@ class LLM:
             for request in requests:
                 self._engine.abort(request)
         return [[request.sequence for request in group] for group in groups]
-
-    def _stream(self, group: list[Request]) -> Iterator[StreamChunk]:
-        self._submit([group])
-        try:
-            while True:
-                for request in group:
-                    while request.chunks:
-                        yield request.chunks.popleft()
-                if all(request.sequence.is_finished for request in group):
-                    return
-                self._engine.step()
-        finally:
-            for request in group:
-                self._engine.abort(request)
 
     @staticmethod
     def _answers(results: list[list[Sequence]], single: bool, return_sequences: bool) -> Any:

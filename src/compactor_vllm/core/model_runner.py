@@ -5,6 +5,8 @@ Shape suffixes: B sequences, R logit rows, L layers, W window, H query heads, K 
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from compactor_vllm.core.request import Request
 from compactor_vllm.kv_cache.gather import GatheredSegment, gather_segment
 from compactor_vllm.layers.attention import LayerInfo
 from compactor_vllm.layers.kernels import Kernels
-from compactor_vllm.models.common import CausalLM
+from compactor_vllm.models.common import CausalLM, DecoderLayer
 from compactor_vllm.utils.context import MAX_SEGMENTS, DecodeBatch
 
 
@@ -36,6 +38,7 @@ class ModelRunner:
         self.model, self.kernels, self.manager, self.cache = model, kernels, manager, manager.cache
         self.device, self.dtype = manager.cache.device, manager.cache.dtype
         spec = model.spec
+        self.layers = cast(list[DecoderLayer], list(model.layers))
         self.layer_infos = [
             LayerInfo(
                 index=i,
@@ -63,7 +66,7 @@ class ModelRunner:
         batch, model = self._decode_batch(requests), self.model
         windows = [(row, request) for row, request in enumerate(requests) if request.window_LWHD is not None]
         x_BE = model.embed(batch.input_ids_B)
-        for info, layer in zip(self.layer_infos, model.layers, strict=True):
+        for info, layer in zip(self.layer_infos, self.layers, strict=True):
             cache = self.cache.layer(info.index)
             q_BHD, k_BKD, v_BKD = layer.attention_inputs(x_BE)
             model.rotary.rotate_(q_BHD, k_BKD, batch.positions_B, batch.context_len_B)
@@ -166,7 +169,9 @@ class ModelRunner:
     ) -> None:
         protected_KL = protected_positions(held.positions_KL, protected)
         stored = int(self.cache.host_lens_LSK[layer, segment.slot].sum())
-        least = int((protected_KL & (torch.arange(held.positions_KL.shape[1], device=self.device) < held.lens_K[:, None])).sum())
+        least = int(
+            (protected_KL & (torch.arange(held.positions_KL.shape[1], device=self.device) < held.lens_K[:, None])).sum()
+        )
         pairs = min(stored, max(least, budget * len(held.lens_K)))
         rank, counts_K = select_ranks(
             scores_KL.to(torch.float32), held.lens_K, held.positions_KL, pairs, protected_KL=protected_KL

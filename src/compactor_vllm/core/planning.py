@@ -90,7 +90,6 @@ def warn_without_effect(sequences: list[Sequence], methods: list[BaseCompression
     if active and all(s.compression_params.keeps_everything for s in sequences):
         logger.warning("compression_ratio=1.0 keeps everything: %s has no effect", active[0].name)
     if any(
-        m.name == "none" and not s.compression_params.keeps_everything
-        for s, m in zip(sequences, methods, strict=True)
+        m.name == "none" and not s.compression_params.keeps_everything for s, m in zip(sequences, methods, strict=True)
     ):
         logger.warning("compression_ratio has no effect with the method NONE, which keeps everything")

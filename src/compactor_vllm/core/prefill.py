@@ -9,15 +9,21 @@ Shape suffixes: T tokens, E hidden size, H query heads, K KV heads, D head dimen
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from compactor_vllm.core.prefill_batch import PrefillItem, build_batch
 from compactor_vllm.core.request import Request
-from compactor_vllm.layers.attention import attend_prompt, scoring_context, store_group
+from compactor_vllm.layers.attention import attend_prompt, score_and_store, score_before_rope
+from compactor_vllm.layers.sampler import top_logprobs
+from compactor_vllm.models.common import DecoderLayer
 from compactor_vllm.utils.context import PrefillBatch
+
+if TYPE_CHECKING:
+    from compactor_vllm.core.model_runner import ModelRunner
 
 LOGIT_ROWS = 512
 """Prompt positions whose logits are in memory at once, where prompt log-probabilities are asked for."""
@@ -36,7 +42,7 @@ class PrefillJob:
         prompt_logprobs: request -> float32 log-probabilities rows, for requests that asked for them.
     """
 
-    def __init__(self, runner, requests: list[Request], chunk_tokens: int):
+    def __init__(self, runner: ModelRunner, requests: list[Request], chunk_tokens: int):
         self.runner, self.requests, self.chunk_tokens = runner, requests, chunk_tokens
         self.logits: dict[Request, Tensor] = {}
         self.prompt_logprobs: dict[Request, list[dict[int, float] | None]] = {}
@@ -61,37 +67,26 @@ class PrefillJob:
         whole = any(item.request.sequence.sampling_params.prompt_logprobs is not None for item in items)
         last_rows = batch.cu_seqlens_B1[1:].long() - 1
         x_TE = model.embed(batch.input_ids_T)
-        for index, layer in enumerate(model.layers):
+        for index, layer in enumerate(runner.layers):
             info, cache = runner.layer_infos[index], runner.cache.layer(index)
             q_THD, k_TKD, v_TKD = yield from self._project(layer, x_TE)
-            contexts = [
-                scoring_context(info, group, batch, runner.kernels) if group.method is not None else None
-                for group in batch.groups
-            ]
-            early = [
-                group.method.pre_rope_scoring(*_rows((q_THD, k_TKD, v_TKD), group), context) if context else None
-                for group, context in zip(batch.groups, contexts, strict=True)
-            ]
+            early = score_before_rope(q_THD, k_TKD, v_TKD, batch, info, runner.kernels)
             model.rotary.rotate_(q_THD, k_TKD, batch.positions_T, batch.context_len_T)
             yield
             attention_THD = attend_prompt(q_THD, k_TKD, v_TKD, batch, cache, info, runner.kernels)
             yield
-            for group, context, scores_TK in zip(batch.groups, contexts, early, strict=True):
-                q, k, v = _rows((q_THD, k_TKD, v_TKD), group)
-                if context is not None:
-                    scores_TK = group.method.post_rope_scoring(q, k, v, scores_TK, context)
-                store_group(k, v, scores_TK, group, batch, cache, index, runner.kernels)
+            score_and_store(q_THD, k_TKD, v_TKD, early, batch, cache, info, runner.kernels)
             self._keep_windows(index, q_THD, batch, items)
             yield
-            if index == len(model.layers) - 1 and not whole:
+            if index == len(runner.layers) - 1 and not whole:
                 x_TE, attention_THD = x_TE[last_rows], attention_THD[last_rows]
             for a in range(0, len(x_TE), self.chunk_tokens):
                 rows = slice(a, a + self.chunk_tokens)
-                x_TE[rows] = layer.mlp_output(layer.attention_output(x_TE[rows], attention_THD[rows]))
+                layer.mlp_output(layer.attention_output(x_TE[rows], attention_THD[rows]))  # in place
                 yield
         self._read_out(x_TE, batch, items, whole)
 
-    def _project(self, layer, x_TE: Tensor) -> Iterator[None]:
+    def _project(self, layer: DecoderLayer, x_TE: Tensor) -> Generator[None, None, tuple[Tensor, Tensor, Tensor]]:
         """Queries, keys and values of all tokens, before RoPE, a chunk of tokens at a time."""
         if len(x_TE) <= self.chunk_tokens:
             return layer.attention_inputs(x_TE)
@@ -99,7 +94,8 @@ class PrefillJob:
         for a in range(0, len(x_TE), self.chunk_tokens):
             parts.append(layer.attention_inputs(x_TE[a : a + self.chunk_tokens]))
             yield
-        return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        q_THD, k_TKD, v_TKD = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        return q_THD, k_TKD, v_TKD
 
     def _keep_windows(self, layer: int, q_THD: Tensor, batch: PrefillBatch, items: list[PrefillItem]) -> None:
         """Keeps the last queries of sequences that will be pruned while they decode."""
@@ -115,7 +111,7 @@ class PrefillJob:
     def _read_out(self, x_RE: Tensor, batch: PrefillBatch, items: list[PrefillItem], whole: bool) -> None:
         """Logits of each sequence's last token, and prompt log-probabilities where asked for."""
         begin = 0
-        finals = []
+        finals: list[int] = []
         for item, length in zip(items, batch.seqlens, strict=True):
             if whole and item.request.sequence.sampling_params.prompt_logprobs is not None:
                 self._score_prompt(item, x_RE[begin : begin + length])
@@ -126,9 +122,7 @@ class PrefillJob:
             self.logits[item.request] = row
 
     def _score_prompt(self, item: PrefillItem, x_RE: Tensor) -> None:
-        from compactor_vllm.layers.sampler import top_logprobs
-
-        request, count = item.request, item.request.sequence.sampling_params.prompt_logprobs
+        request, count = item.request, item.request.sequence.sampling_params.prompt_logprobs or 0
         tokens = request.sequence.prompt_token_ids[item.part.begin : item.part.end]
         result = self.prompt_logprobs.setdefault(request, [])
         previous = self._last_row.get(request)
@@ -148,10 +142,6 @@ class PrefillJob:
                 runner.apply_deferred(item)
             item.request.computed = item.part.end
             item.request.pruned_at = item.part.end
-
-
-def _rows(tensors: tuple[Tensor, ...], group) -> tuple[Tensor, ...]:
-    return tuple(x[group.begin : group.end] for x in tensors)
 
 
 def _ids(tokens: list[int], like: Tensor) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from compactor_vllm.compression.common import SequenceSpan
 from compactor_vllm.core.request import PrefillPart, Request
 from compactor_vllm.kv_cache.segment import Segment
 from compactor_vllm.utils.context import MAX_SEGMENTS, PrefillBatch, StoreGroup
+
+if TYPE_CHECKING:
+    from compactor_vllm.core.model_runner import ModelRunner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +39,7 @@ class PrefillItem:
         return (type(method).__qualname__, repr(method), batch_params.compression_type, chunk)
 
 
-def build_batch(items: list[PrefillItem], runner) -> PrefillBatch:
+def build_batch(items: list[PrefillItem], runner: ModelRunner) -> PrefillBatch:
     """The round's batch; its sequences are the items sorted by `PrefillItem.group_key`."""
     device, ordered = runner.device, sorted(items, key=PrefillItem.group_key)
     seqlens = tuple(len(item.part) for item in ordered)
@@ -69,7 +73,7 @@ def build_batch(items: list[PrefillItem], runner) -> PrefillBatch:
     )
 
 
-def _build_group(items: list[PrefillItem], first: int, begin: int, runner) -> StoreGroup:
+def _build_group(items: list[PrefillItem], first: int, begin: int, runner: ModelRunner) -> StoreGroup:
     device, manager = runner.device, runner.manager
     kv_heads = runner.layer_infos[0].num_kv_heads
     lens = [len(item.part) for item in items]
@@ -124,9 +128,9 @@ def _reserved_pages(items: list[PrefillItem]) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(arrays), np.ascontiguousarray(begins.T)
 
 
-def _borders(lens) -> torch.Tensor:
+def _borders(lens: Sequence[int]) -> torch.Tensor:
     return torch.tensor([0, *accumulate(lens)], dtype=torch.int32)
 
 
-def _int32(values) -> torch.Tensor:
+def _int32(values: list[Any]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)

@@ -121,9 +121,7 @@ class Request:
         return max(self.max_tokens - max(self.computed, len(self.sequence.prompt_token_ids)), 1)
 
     def emit(self, text: str, token_ids: tuple[int, ...], reason: FinishReason | None) -> None:
-        self.chunks.append(
-            StreamChunk(index=self.completion, text=text, token_ids=token_ids, finish_reason=reason)
-        )
+        self.chunks.append(StreamChunk(index=self.completion, text=text, token_ids=token_ids, finish_reason=reason))
 
     def finish(self, reason: FinishReason, error: str | None = None) -> None:
         self.sequence.status = SequenceStatus.FINISHED

@@ -60,10 +60,10 @@ class Scheduler:
         *before, last = [part.kept for part in request.parts]
         prompt = len(request.sequence.prompt_token_ids)
         grown = last + max(request.max_tokens - prompt, 0)
-        if request.method.prunes_while_decoding:
-            budget = prune_budget(request, request.max_tokens)
-            grown = min(grown, max(budget, last) + request.method.prune_every)
-        return [*before, grown] if len(request.siblings) == 0 else [*before, last, max(request.max_tokens - prompt, 1)]
+        pruning = request.method.decode_pruning
+        if pruning is not None:
+            grown = min(grown, max(prune_budget(request, request.max_tokens), last) + pruning.every)
+        return [*before, last, max(request.max_tokens - prompt, 1)] if request.siblings else [*before, grown]
 
     def _ragged_pages(self, tokens: int) -> np.ndarray:
         return (tokens * self.manager.kv_heads_L) // self.manager.page_size + self.manager.kv_heads_L
@@ -76,15 +76,16 @@ class Scheduler:
         Preempted requests whose segments were offloaded come back and run; the others are returned, with reserved
         segments, to be prefilled together.
         """
-        started, tokens = [], 0
+        started: list[Request] = []
+        tokens = 0
         while self.queue:
             head = self.queue[0]
             if self._seats_taken(started) + 1 + len(head.siblings) > self.max_num_seqs:
                 break
             length = len(head.sequence.prompt_token_ids)
-            if head.offloaded is None and started:
-                if tokens + length > self.max_prefill_tokens or head.alone or started[0].alone:
-                    break
+            full = tokens + length > self.max_prefill_tokens
+            if head.offloaded is None and started and (full or head.alone or started[0].alone):
+                break
             try:
                 if head.offloaded is not None:
                     self._restore(head)

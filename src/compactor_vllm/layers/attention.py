@@ -78,7 +78,51 @@ def attend_prompt(
     )
 
 
-def store_group(
+def score_before_rope(
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, batch: PrefillBatch, info: LayerInfo, kernels: Kernels
+) -> list[Tensor | None]:
+    """What each group's method makes of queries and keys before RoPE: float32 [tokens of the group, K], or None."""
+    scores = []
+    for group in batch.groups:
+        rows = slice(group.begin, group.end)
+        scores.append(
+            group.method.pre_rope_scoring(
+                q_THD[rows], k_TKD[rows], v_TKD[rows], scoring_context(info, group, batch, kernels)
+            )
+            if group.method is not None
+            else None
+        )
+    return scores
+
+
+def score_and_store(
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    early: list[Tensor | None],
+    batch: PrefillBatch,
+    cache: LayerCache,
+    info: LayerInfo,
+    kernels: Kernels,
+) -> None:
+    """Scores after RoPE, selection, and the store of what is kept, group by group.
+
+    Args:
+        early: result of `score_before_rope`.
+
+    Raises:
+        ScoringError: a method gave no usable scores.
+    """
+    for group, scores_TK in zip(batch.groups, early, strict=True):
+        rows = slice(group.begin, group.end)
+        q, k, v = q_THD[rows], k_TKD[rows], v_TKD[rows]
+        if group.method is not None:
+            context = scoring_context(info, group, batch, kernels)
+            scores_TK = _checked_scores(group.method.post_rope_scoring(q, k, v, scores_TK, context), k, group)
+        _store_group(k, v, scores_TK, group, batch, cache, info.index, kernels)
+
+
+def _store_group(
     k_TKD: Tensor,
     v_TKD: Tensor,
     scores_TK: Tensor | None,
@@ -93,13 +137,8 @@ def store_group(
     Args:
         k_TKD, v_TKD: keys after RoPE and values of the group's tokens.
         scores_TK: float32, the method's scores; None where everything stays.
-
-    Raises:
-        ScoringError: the method gave no usable scores.
     """
     positions_T = batch.positions_T[group.begin : group.end]
-    if group.method is not None:
-        scores_TK = _checked_scores(scores_TK, k_TKD, group)
     if group.stores_everything:
         kept_idx, counts_BK = None, group.counts_BK
     else:

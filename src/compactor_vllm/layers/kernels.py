@@ -55,18 +55,20 @@ def resolve_kernels(backend: AttentionBackend, device: torch.device) -> Kernels:
     """
     resolved = resolve_backend(backend, device)
     triton = resolved is AttentionBackend.COMPACTOR_TRITON
+    stores: Any
     operations: dict[str, Any]
     if triton:
-        from compactor_vllm.compression import select_kernel
-        from compactor_vllm.kv_cache import store_kv_cache as stores
-        from compactor_vllm.kv_cache import write_page_table
+        from compactor_vllm.compression.select_kernel import select_tokens
+        from compactor_vllm.kv_cache import store_kv_cache
+        from compactor_vllm.kv_cache.write_page_table import assign_pages
 
-        operations = {"assign_pages": write_page_table.assign_pages, "select_tokens": select_kernel.select_tokens}
+        stores, operations = store_kv_cache, {"assign_pages": assign_pages, "select_tokens": select_tokens}
     else:
         from compactor_vllm.compression import selection
-        from compactor_vllm.kv_cache import reference as stores
+        from compactor_vllm.kv_cache import reference
 
-        operations = {"assign_pages": stores.assign_pages, "select_tokens": selection.select_tokens}
+        stores = reference
+        operations = {"assign_pages": reference.assign_pages, "select_tokens": selection.select_tokens}
     return Kernels(
         backend=resolved,
         attention=attention_kernels(resolved),

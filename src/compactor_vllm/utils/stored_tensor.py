@@ -82,7 +82,7 @@ class SafetensorsFile:
             self._header.pop("__metadata__", None)
             self.data_begin = 8 + length
             data_end = max((entry["data_offsets"][1] for entry in self._header.values()), default=0)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
         if self.data_begin + data_end != self.size:
             raise CheckpointError(
@@ -116,8 +116,12 @@ class SafetensorsFile:
             return file.read(min(SAMPLE_BYTES, end - offset))
 
     def _tensor(self, name: str, entry: dict[str, Any]) -> SafetensorsTensor:
-        shape, dtype, (begin, end) = tuple(entry["shape"]), entry["dtype"], entry["data_offsets"]
-        if dtype not in SAFETENSORS_ITEM_BYTES:
+        try:
+            shape, dtype, (begin, end) = tuple(map(int, entry["shape"])), entry["dtype"], entry["data_offsets"]
+            supported = dtype in SAFETENSORS_ITEM_BYTES
+        except (KeyError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{self.path} is truncated or damaged: tensor {name}: {error!r}") from error
+        if not supported:
             raise CheckpointError(
                 f"{self.path}: tensor {name} has type {dtype}; supported: {', '.join(SAFETENSORS_ITEM_BYTES)}"
             )

@@ -1,0 +1,168 @@
+"""Device functions of the leverage kernels: exact products of terms, Gram matrices and their factors.
+
+A float32 is the sum of three bfloat16 terms (`TERM`), a bfloat16 key is one; products of terms are exact in float32, so
+sums of products of terms are as exact as float32 products, at the speed of tensor cores.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _dot_terms(terms, b, acc, FIRST: tl.constexpr, LAST: tl.constexpr):
+    """acc + terms @ b, b being cut into LAST - FIRST terms."""
+    for j in tl.static_range(FIRST, LAST):
+        term = b.to(terms.dtype)
+        acc = tl.dot(terms, term, acc)
+        if j + 1 < LAST:
+            b -= term.to(tl.float32)
+    return acc
+
+
+@triton.jit
+def _dot_keys(k, b, acc, KEY_TERMS: tl.constexpr, B_TERMS: tl.constexpr, TERM: tl.constexpr):
+    """acc + k @ b in float32, both cut into terms; products below 2^-24 of the largest are left out."""
+    rest = k if KEY_TERMS == 1 else k.to(tl.float32)
+    for i in tl.static_range(KEY_TERMS):
+        term = rest.to(TERM)
+        acc = _dot_terms(term, b, acc, i, B_TERMS)
+        if i + 1 < KEY_TERMS:
+            rest -= term.to(tl.float32)
+    return acc
+
+
+@triton.jit
+def _sketch(
+    k, phi_ptr, DIM_PADDED: tl.constexpr, PADDED: tl.constexpr, KEY_TERMS: tl.constexpr, PHI_TERMS: tl.constexpr
+):
+    """k Φ in float32, exact to its last bits."""
+    acc = tl.zeros((k.shape[0], PADDED), tl.float32)
+    rest = k if KEY_TERMS == 1 else k.to(tl.float32)
+    for i in tl.static_range(KEY_TERMS):
+        term = rest.to(phi_ptr.dtype.element_ty)
+        for j in tl.static_range(PHI_TERMS):
+            if i + j < 3:
+                acc = tl.dot(term, _load_sketch(phi_ptr, j, DIM_PADDED, PADDED), acc)
+        if i + 1 < KEY_TERMS:
+            rest -= term.to(tl.float32)
+    return acc
+
+
+@triton.jit
+def _load_sketch(phi_ptr, term, DIM_PADDED: tl.constexpr, PADDED: tl.constexpr):
+    row = term * DIM_PADDED + tl.arange(0, DIM_PADDED)
+    return tl.load(phi_ptr + row[:, None] * PADDED + tl.arange(0, PADDED)[None, :])
+
+
+@triton.jit
+def _load_keys(
+    k_ptr, begin, end, head, NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, ROWS: tl.constexpr
+):
+    """Keys [ROWS, DIM_PADDED] of tokens begin.. of a head; zeros beyond `end`."""
+    token = begin + tl.arange(0, ROWS)
+    dims = tl.arange(0, DIM_PADDED)
+    row = token.to(tl.int64) * NUM_KV_HEADS + head
+    mask = (token < end)[:, None] & (dims < DIM)[None, :]
+    return tl.load(k_ptr + row[:, None] * DIM + dims[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _first_mean(
+    k_ptr, phi_ptr, begin, end, head,
+    NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PADDED: tl.constexpr,
+    PHI_TERMS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Sketch [PADDED] of the mean of the first rows."""
+    k = _load_keys(k_ptr, begin, end, head, NUM_KV_HEADS, DIM, DIM_PADDED, ROWS).to(tl.float32)
+    mean = tl.sum(k, 0) / tl.maximum(tl.minimum(end - begin, ROWS), 1).to(tl.float32)
+    sketch = tl.zeros((PADDED,), tl.float32)
+    for i in tl.static_range(PHI_TERMS):
+        sketch += tl.sum(mean[:, None] * _load_sketch(phi_ptr, i, DIM_PADDED, PADDED).to(tl.float32), 0)
+    return sketch
+
+
+@triton.jit
+def chunk_moments(
+    k_ptr, phi_ptr, begin, end, head,
+    NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, COLUMNS: tl.constexpr,
+    PADDED: tl.constexpr, KEY_TERMS: tl.constexpr, PHI_TERMS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Mean [PADDED] and centred Gram matrix [PADDED, PADDED] of the sketch of tokens [begin, end).
+
+    One pass: deviations are taken from the mean of the first rows, which the exact mean corrects in the end; column
+    COLUMNS is one, so that the same products add up the sums. Deviations are sums high + middle + low of terms, and
+    G is a matrix, of which half is added up, plus its transpose.
+    """
+    TERM: tl.constexpr = phi_ptr.dtype.element_ty
+    column = tl.arange(0, PADDED)
+    shift = _first_mean(k_ptr, phi_ptr, begin, end, head, NUM_KV_HEADS, DIM, DIM_PADDED, PADDED, PHI_TERMS, ROWS)
+    half = tl.zeros((PADDED, PADDED), tl.float32)
+    for start in range(begin, end, ROWS):
+        k = _load_keys(k_ptr, start, end, head, NUM_KV_HEADS, DIM, DIM_PADDED, ROWS)
+        x = _sketch(k, phi_ptr, DIM_PADDED, PADDED, KEY_TERMS, PHI_TERMS)
+        x = tl.where((column == COLUMNS)[None, :], 1.0, x - shift[None, :])
+        x = tl.where((start + tl.arange(0, ROWS) < end)[:, None], x, 0.0)
+        high = x.to(TERM)
+        x -= high.to(tl.float32)
+        middle = x.to(TERM)
+        low = (x - middle.to(tl.float32)).to(TERM)
+        half = tl.dot(tl.trans(high), (high * 0.5).to(TERM), half)
+        half = tl.dot(tl.trans(high), middle, half)
+        half = tl.dot(tl.trans(high), low, half)
+        half = tl.dot(tl.trans(middle), (middle * 0.5).to(TERM), half)
+    gram = half + tl.trans(half)
+    real = column < COLUMNS
+    count = tl.maximum(end - begin, 1).to(tl.float32)
+    sums = tl.sum(tl.where((column == COLUMNS)[:, None], gram, 0.0), 0)
+    offset = tl.where(real, sums, 0.0) / count
+    gram = tl.where(real[:, None] & real[None, :], gram - count * offset[:, None] * offset[None, :], 0.0)
+    return shift + offset, gram
+
+
+@triton.jit
+def whitening(gram, ridge, COLUMNS: tl.constexpr, PADDED: tl.constexpr):
+    """D^-1/2 L⁻¹ of gram + ridge = L D Lᵀ, as a [PADDED, PADDED] matrix (rows beyond COLUMNS are zero).
+
+    Elimination in place: step j leaves row j of L⁻¹ left of the diagonal and the pivot on it.
+    """
+    row = tl.arange(0, PADDED)
+    on_diagonal = row[:, None] == row[None, :]
+    diagonal = tl.sum(tl.where(on_diagonal, gram, 0.0), 0)
+    level = tl.sum(diagonal, 0) / COLUMNS
+    ridge += level * 1e-10 + 1e-20
+    a = gram + tl.where(on_diagonal, ridge, 0.0)
+    smallest = (diagonal + ridge) * 1e-6
+    for j in range(COLUMNS):
+        pivot_row = tl.sum(tl.where((row == j)[:, None], a, 0.0), 0)
+        pivot = tl.sum(tl.where(row == j, pivot_row, 0.0), 0)
+        least = tl.sum(tl.where(row == j, smallest, 0.0), 0)
+        inverse = tl.where(pivot > least, 1.0 / tl.maximum(pivot, least), 0.0)
+        below = tl.where(row > j, pivot_row * inverse, 0.0)[:, None]
+        a = tl.where((row == j)[None, :] & (row > j)[:, None], -below, a - below * pivot_row[None, :])
+    pivots = tl.sum(tl.where(on_diagonal, a, 0.0), 1)
+    scale = tl.where((pivots > smallest) & (row < COLUMNS), tl.rsqrt(tl.maximum(pivots, smallest)), 0.0)
+    lower = tl.where(row[:, None] > row[None, :], a, tl.where(on_diagonal, 1.0, 0.0))
+    return lower * scale[:, None]
+
+
+@triton.jit
+def store_leverage(
+    k_ptr, phi_ptr, out_ptr, begin, end, head, mean, whitener,
+    NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PADDED: tl.constexpr,
+    KEY_TERMS: tl.constexpr, PHI_TERMS: tl.constexpr, PROJECTION_TERMS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Leverage ‖W (k - μ) Φ‖² of tokens [begin, end), with the projection Φ Wᵀ and the offset W μ taken beforehand."""
+    TERM: tl.constexpr = phi_ptr.dtype.element_ty
+    projection = tl.zeros((DIM_PADDED, PADDED), tl.float32)
+    for i in tl.static_range(PHI_TERMS):
+        phi = _load_sketch(phi_ptr, i, DIM_PADDED, PADDED)
+        projection = _dot_terms(phi, tl.trans(whitener), projection, i, 3)
+    offset = tl.sum(whitener * mean[None, :], 1)
+    for start in range(begin, end, ROWS):
+        k = _load_keys(k_ptr, start, end, head, NUM_KV_HEADS, DIM, DIM_PADDED, ROWS)
+        z = _dot_keys(k, projection, tl.zeros((ROWS, PADDED), tl.float32), KEY_TERMS, PROJECTION_TERMS, TERM)
+        z -= offset[None, :]
+        token = start + tl.arange(0, ROWS)
+        tl.store(out_ptr + token.to(tl.int64) * NUM_KV_HEADS + head, tl.sum(z * z, 1), mask=token < end)
