@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from compactor_vllm.compression import DecodeScoringContext, NoCompression, SnapKV
+from compactor_vllm.compression import DecodePruning, DecodeScoringContext, NoCompression, SnapKV
 from compactor_vllm.compression.reference import window_attention_scores
 from compactor_vllm.compression.snapkv import WINDOW_SCORE
 from compactor_vllm.errors import InvalidInputError

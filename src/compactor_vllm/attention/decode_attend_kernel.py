@@ -55,7 +55,6 @@ def attend_kernel(
     PAGE_BY_ROW: tl.constexpr,
     SKEWED: tl.constexpr,
     BULK_COPY: tl.constexpr,
-    STAGES: tl.constexpr,
     SCAN: tl.constexpr,
     BIG: tl.constexpr,
     SHARED: tl.constexpr,
@@ -109,8 +108,7 @@ def attend_kernel(
         _attend_piece(
             q_ptr, k_ptr, v_ptr, k_desc, v_desc, table_ptr + begin, partial_ptr, lse_ptr, q_row, out_row, live,
             first_unit * UNIT, tl.minimum(last_unit * UNIT, length), scale_log2e, k_stride, v_stride,
-            PAGE, D, BLOCK_M, BLOCK_N, BLOCK_D, UNIT, PAGE_BY_ROW, SKEWED, BULK_COPY,
-            STAGES, UPCAST,
+            PAGE, D, BLOCK_M, BLOCK_N, BLOCK_D, UNIT, PAGE_BY_ROW, SKEWED, BULK_COPY, UPCAST,
         )  # fmt: skip
         position = zero + units
         if not SHARED or position >= cost + tl.cdiv(users, USERS) * (units + OVERHEAD):
@@ -149,7 +147,7 @@ def _attend_piece(
     first_token, last_token, scale_log2e, k_stride, v_stride,
     PAGE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     UNIT: tl.constexpr, PAGE_BY_ROW: tl.constexpr, SKEWED: tl.constexpr, BULK_COPY: tl.constexpr,
-    STAGES: tl.constexpr, UPCAST: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Rows `q_row` against tokens [first_token, last_token) of one head: writes the partial result to `out_row`.
 
@@ -162,29 +160,30 @@ def _attend_piece(
         q = q.to(tl.float32)
     first_tile = first_token // BLOCK_N
     last_tile = tl.cdiv(last_token, BLOCK_N)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    # With 16 rows the warps lie along the tokens.
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) if BLOCK_M == 16 else tl.zeros([BLOCK_M], tl.float32)
-    peak = tl.full([BLOCK_M], HIDDEN, tl.float32)
-    whole = last_token // BLOCK_N if UNIT % BLOCK_N == 0 else first_tile
-    acc, total, peak = _attend_tiles(
-        q, k_ptr, v_ptr, table_ptr, acc, total, peak, tl.maximum(first_tile, whole), last_tile, first_token, last_token,
-        scale_log2e, k_stride, v_stride, PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, UPCAST, True,
-        1 if UNIT % BLOCK_N == 0 else STAGES,
-    )  # fmt: skip
     if SKEWED:
         tl.static_assert(UNIT % BLOCK_N == 0)
         acc, total, peak = _attend_skewed(
-            q, k_ptr, v_ptr, k_desc, v_desc, table_ptr, acc, total, peak, first_tile, whole, last_token, scale_log2e,
-            k_stride, v_stride, PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, BULK_COPY, UPCAST,
+            q, k_ptr, v_ptr, k_desc, v_desc, table_ptr, first_tile, last_tile, last_token, scale_log2e,
+            k_stride, v_stride, PAGE, D, BLOCK_M, BLOCK_N, BLOCK_D, PAGE_BY_ROW, BULK_COPY, UPCAST,
         )  # fmt: skip
-    elif UNIT % BLOCK_N == 0:
+    else:
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        # With 16 rows the warps lie along the tokens.
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) if BLOCK_M == 16 else tl.zeros([BLOCK_M], tl.float32)
+        peak = tl.full([BLOCK_M], HIDDEN, tl.float32)
+        if UNIT % BLOCK_N == 0:
+            whole = last_token // BLOCK_N
+            acc, total, peak = _attend_tiles(
+                q, k_ptr, v_ptr, table_ptr, acc, total, peak, first_tile, whole, first_token, last_token,
+                scale_log2e, k_stride, v_stride, PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, UPCAST, False,
+            )  # fmt: skip
+            first_tile = tl.maximum(first_tile, whole)
         acc, total, peak = _attend_tiles(
-            q, k_ptr, v_ptr, table_ptr, acc, total, peak, first_tile, whole, first_token, last_token,
-            scale_log2e, k_stride, v_stride, PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, UPCAST, False, STAGES,
+            q, k_ptr, v_ptr, table_ptr, acc, total, peak, first_tile, last_tile, first_token, last_token,
+            scale_log2e, k_stride, v_stride, PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, UPCAST, True,
         )  # fmt: skip
-    if BLOCK_M == 16:
-        total = tl.sum(total, axis=1)
+        if BLOCK_M == 16:
+            total = tl.sum(total, axis=1)
     total = tl.where(live, total, 1.0)
     tl.store(partial_ptr + out_row[:, None] * D + d[None, :], acc / total[:, None], mask=live_d)
     tl.store(lse_ptr + out_row, peak * scale_log2e + tl.log2(total), mask=live)
@@ -195,11 +194,11 @@ def _attend_tiles(
     q, k_ptr, v_ptr, table_ptr, acc, total, peak, first_tile, last_tile, first_token, last_token,
     scale_log2e, k_stride, v_stride,
     PAGE: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PAGE_BY_ROW: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr,
+    PAGE_BY_ROW: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over tiles [first_tile, last_tile). Page ids are loaded one tile ahead of the keys they place."""
     page = _page_ids(table_ptr, first_tile, last_token, PAGE, BLOCK_N, PAGE_BY_ROW)
-    for tile in tl.range(first_tile, last_tile, num_stages=STAGES):
+    for tile in tl.range(first_tile, last_tile):
         token = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = (token >= first_token) & (token < last_token)
         k = _load_tile(
@@ -222,35 +221,37 @@ def _attend_tiles(
 
 @triton.jit
 def _attend_skewed(
-    q, k_ptr, v_ptr, k_desc, v_desc, table_ptr, acc, total, peak, first_tile, whole, last_token, scale_log2e,
-    k_stride, v_stride,
-    PAGE: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    q, k_ptr, v_ptr, k_desc, v_desc, table_ptr, first_tile, last_tile, last_token, scale_log2e, k_stride, v_stride,
+    PAGE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     PAGE_BY_ROW: tl.constexpr, BULK_COPY: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over whole tiles [first_tile, whole), whose P V product trails one tile behind Q K^T.
+    """Online softmax over tiles [first_tile, last_tile), whose P V product trails one tile behind Q K^T.
 
     So the tensor cores multiply one tile's weights while the next one's softmax is computed. Weights wait as integers
-    of their bits: as such they stay in registers, from where Hopper's asynchronous products take them. An empty range
-    costs a hidden tile, not a branch: around asynchronous products ptxas takes a branch as a reason to serialise them.
+    of their bits: as such they stay in registers, from where Hopper's asynchronous products take them. Only the last
+    tile may hold rows beyond `last_token`; their logits are hidden and their values replaced by zeros.
     """
     page_v = _page_ids(table_ptr, first_tile, last_token, PAGE, BLOCK_N, PAGE_BY_ROW)
     page_k = _page_ids(table_ptr, first_tile + 1, last_token, PAGE, BLOCK_N, PAGE_BY_ROW)
-    exists = tl.full([BLOCK_N], first_tile, tl.int32) < whole
+    n = tl.arange(0, BLOCK_N)
+    whole = last_token // BLOCK_N
     k = _load_tile(
-        k_ptr, k_desc, k_stride, page_v, first_tile, exists,
+        k_ptr, k_desc, k_stride, page_v, first_tile, n,
         PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, BULK_COPY, UPCAST, False,
     )  # fmt: skip
-    logits = tl.where(exists[None, :], tl.dot(q, tl.trans(k), input_precision="ieee"), HIDDEN)
-    weights, decay, peak = _weights(logits, peak, scale_log2e)
-    total = total * decay + tl.sum(weights, axis=1)
+    logits = tl.dot(q, tl.trans(k), input_precision="ieee")
+    logits = tl.where((first_tile * BLOCK_N + n < last_token)[None, :], logits, HIDDEN)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    weights, decay, peak = _weights(logits, tl.full([BLOCK_M], HIDDEN, tl.float32), scale_log2e)
+    total = tl.sum(weights, axis=1)
     bits = _to_bits(weights, q.dtype)
     for tile in tl.range(first_tile + 1, whole):
         v = _load_tile(
-            v_ptr, v_desc, v_stride, page_v, tile - 1, exists,
+            v_ptr, v_desc, v_stride, page_v, tile - 1, n,
             PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, BULK_COPY, UPCAST, False,
         )  # fmt: skip
         k = _load_tile(
-            k_ptr, k_desc, k_stride, page_k, tile, exists,
+            k_ptr, k_desc, k_stride, page_k, tile, n,
             PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, BULK_COPY, UPCAST, False,
         )  # fmt: skip
         page_v = _page_ids(table_ptr, tile, last_token, PAGE, BLOCK_N, PAGE_BY_ROW)
@@ -260,8 +261,25 @@ def _attend_skewed(
         weights, decay, peak = _weights(logits, peak, scale_log2e)
         total = total * decay + tl.sum(weights, axis=1)
         bits = _to_bits(weights, q.dtype)
+    for tile in tl.range(tl.maximum(first_tile + 1, whole), last_tile, num_stages=1):
+        v = _load_tile(
+            v_ptr, v_desc, v_stride, page_v, tile - 1, n,
+            PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, BULK_COPY, UPCAST, False,
+        )  # fmt: skip
+        k = _load_tile(
+            k_ptr, k_desc, k_stride, page_k, tile, n,
+            PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, BULK_COPY, UPCAST, False,
+        )  # fmt: skip
+        page_v = page_k
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee")
+        acc = tl.dot(bits.to(q.dtype, bitcast=True), v, acc * decay[:, None], input_precision="ieee")
+        logits = tl.where((tile * BLOCK_N + n < last_token)[None, :], logits, HIDDEN)
+        weights, decay, peak = _weights(logits, peak, scale_log2e)
+        total = total * decay + tl.sum(weights, axis=1)
+        bits = _to_bits(weights, q.dtype)
+    last = tl.maximum(last_tile - 1, first_tile)
     v = _load_tile(
-        v_ptr, v_desc, v_stride, page_v, tl.maximum(whole - 1, first_tile), exists,
+        v_ptr, v_desc, v_stride, page_v, last, last * BLOCK_N + n < last_token,
         PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, BULK_COPY, UPCAST, True,
     )  # fmt: skip
     acc = tl.dot(bits.to(q.dtype, bitcast=True), v, acc * decay[:, None], input_precision="ieee")

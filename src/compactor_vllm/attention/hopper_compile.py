@@ -25,7 +25,7 @@ __all__ = ["SHARED_LIMIT", "KernelFacts", "compile_prefill", "kernel_facts"]
 SHARED_LIMIT = 227 * 1024
 
 _POINTERS = {"lse": "*fp32", **dict.fromkeys(("items", "counter"), "*i32")}
-_TABLES = ("segments", "seg_lens", "head_begin", "page_table")
+_TABLES = ("segments", "seg_lens", "head_begin", "head_order", "page_table")
 _SCALARS = {"num_items": "i32", "scale": "fp32", "out_stride": "i32"}
 
 
@@ -62,18 +62,9 @@ def compile_prefill(
     signature = {f"{name}_desc": _descriptor(dtype, 64 if name == "q" else 128, head_dim) for name in _descriptors()}
     signature |= {"out": f"*{dtype}", **_POINTERS, **dict.fromkeys(_TABLES, "*i32"), **_SCALARS}
     signature |= dict.fromkeys(("num_heads", "kv_heads", "num_segments", "page_rows"), "i32")
-    constants = {
-        "D": head_dim,
-        "STAGES": config.stages,
-        "HAS_PREFIX": has_prefix,
-        "HAS_LSE": has_lse,
-        "TURNS": config.turns,
-        "LAZY": config.lazy,
-        "Q_REGS": config.q_regs,
-        "CONSUMER_REGS": config.consumer_regs,
-        "PRODUCER_REGS": config.producer_regs,
-    }
+    constants = {"D": head_dim, "HAS_PREFIX": has_prefix, "HAS_LSE": has_lse, **config.constants(has_prefix)}
     signature |= dict.fromkeys(constants, "constexpr")
+    signature = {name: signature[name] for name in prefill_kernel.arg_names}
     place = {name: (i,) for i, name in enumerate(signature)}
     aligned = ("out", "out_stride", "lse", "items", "counter", *_TABLES)
     source = GluonASTSource(
@@ -152,7 +143,7 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", default=["128:bf16", "64:bf16", "128:fp16:lse", "128:bf16:prefix:lse"])
     for case in parser.parse_args().cases:
         head_dim, dtype, *flags = case.split(":")
-        kernel = compile_prefill(int(head_dim), dtype, has_prefix="prefix" in flags, has_lse="lse" in flags, config=HopperConfig(lazy="eager" not in flags, q_regs="qregs" in flags))
+        kernel = compile_prefill(int(head_dim), dtype, has_prefix="prefix" in flags, has_lse="lse" in flags)
         print(json.dumps({"case": case, "triton": triton.__version__, **asdict(kernel_facts(kernel))}), flush=True)
 
 

@@ -1,6 +1,12 @@
 """The consumer warpgroups of the Hopper prefill kernel: products, softmax and the store of finished rows.
 
 Shape suffixes: H query heads, D head dimension; M query rows of a warpgroup (64), N keys of a tile (128).
+
+The softmax keeps no running maximum. Its weights are P = 2^(scale * S - r), where the reference r of a row is the
+maximum of the item's first tile. Any reference within some 2^60 of the true maximum gives the same result, since P
+(bfloat16), its sums and O (float32) have eight exponent bits, so neither a maximum nor a rescaled O is needed for the
+other tiles. The row sums, which are computed anyway, tell when a tile does not fit: then the warpgroup computes the
+tile's S once more and moves the reference up (`_rebase`). With float16 weights the room is 2^14.
 """
 
 from __future__ import annotations
@@ -17,6 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from compactor_vllm.attention.hopper_ring import FIELDS, KEYS, MAX_SEGMENTS, ROWS, get_word, next_stage, warps_barrier
 
 LN_2 = gl.constexpr(0.6931471805599453)
+S_LAYOUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
+P_LAYOUT = gl.constexpr(gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]), 2))
 
 
 def _transpose_asm() -> str:
@@ -56,21 +64,47 @@ def _store_layout(D):
     )
 
 
-@gluon.jit
-def _wait_turn(WARPGROUP: gl.constexpr):
-    """Waits until the other warpgroup has issued its products (all 256 consumer threads count)."""
-    if WARPGROUP == 0:
-        gl.inline_asm_elementwise("bar.sync 8, 256; mov.b32 $0, $1;", "=r,r", [0], gl.int32, False, 1)
-    else:
-        gl.inline_asm_elementwise("bar.sync 9, 256; mov.b32 $0, $1;", "=r,r", [0], gl.int32, False, 1)
+@gluon.constexpr_function
+def _sync_text(instruction, barrier):
+    return f"{instruction} {barrier}, 256; mov.b32 $0, $1;"
+
+
+@gluon.constexpr_function
+def _vote_text(warpgroup, dtype):
+    """PTX: passes two row sums on and sets `large` to whether any of the warpgroup's is not below the limit."""
+    limit = "0f46800000" if str(dtype) == "fp16" else "0f5F800000"
+    return (
+        f"{{ .reg .pred bad; setp.geu.f32 bad, $2, {limit}; setp.geu.or.f32 bad, $3, {limit}, bad; "
+        f"bar.red.or.pred large{warpgroup}, {10 + warpgroup}, 128, bad; mov.b32 $0, $2; mov.b32 $1, $3; }}"
+    )
+
+
+@gluon.constexpr_function
+def _large_text(instruction, warpgroup):
+    return f"{instruction} large{warpgroup};"
 
 
 @gluon.jit
-def _pass_turn(WARPGROUP: gl.constexpr):
-    if WARPGROUP == 0:
-        gl.inline_asm_elementwise("bar.arrive 9, 256; mov.b32 $0, $1;", "=r,r", [0], gl.int32, False, 1)
-    else:
-        gl.inline_asm_elementwise("bar.arrive 8, 256; mov.b32 $0, $1;", "=r,r", [0], gl.int32, False, 1)
+def _run(TEXT: gl.constexpr):
+    """Runs PTX once per thread; it sets $0 and may read $1 = 0."""
+    return gl.inline_asm_elementwise(TEXT, "=r,r", [0], gl.int32, False, 1)
+
+
+@gluon.jit
+def _pin(x):
+    """Has the compiler compute float32 `x`, and all that it depends on, here and not later, where it is used."""
+    return gl.inline_asm_elementwise("// pinned $0", "=f,0", [x], gl.float32, False, 1)
+
+
+@gluon.jit
+def _any_too_large(sums, WARPGROUP: gl.constexpr, DTYPE: gl.constexpr):
+    """The sums, and whether any of the warpgroup's is too large for weights of DTYPE (or is NaN).
+
+    A barrier with a reduction answers all 128 threads at once. Its predicate is a PTX register of the function
+    (declared once, by `consumer`), because Gluon has no way from a thread's element to a scalar but a slower reduction.
+    """
+    sums = gl.inline_asm_elementwise(_vote_text(WARPGROUP, DTYPE), "=f,=f,f,f", [sums], gl.float32, False, 2)
+    return sums, _run(_large_text("selp.b32 $0, 1, $1,", WARPGROUP)) != 0
 
 
 @gluon.jit
@@ -81,73 +115,53 @@ def _row_sums(p):
 
 
 @gluon.jit
-def _products(q, k_tile, v_tile, p16, o, WARPGROUP: gl.constexpr, TURNS: gl.constexpr):
-    """Issues S = Q K^T and O += P V, returns when S is there."""
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
-    zero = gl.zeros([ROWS, KEYS], gl.float32, s_layout)
+def _scores(q, k_tile):
+    """Issues S = Q K^T."""
+    zero = gl.zeros([ROWS, KEYS], gl.float32, S_LAYOUT)
+    return warpgroup_mma(q, k_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _products(q, kv, stage, p16, o, WARPGROUP: gl.constexpr, TURNS: gl.constexpr):
+    """Issues S = Q K^T and O += P V, in turn with the other warpgroup, and returns when S is there."""
+    k_ring, v_ring = kv
     if TURNS:
-        _wait_turn(WARPGROUP)
-    s = warpgroup_mma(q, k_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
-    o = warpgroup_mma(p16, v_tile, o, is_async=True)
+        _run(_sync_text("bar.sync", 8 + WARPGROUP))
+    s = _scores(q, k_ring.index(stage))
+    o = warpgroup_mma(p16, v_ring.index(stage), o, is_async=True)
     if TURNS:
-        _pass_turn(WARPGROUP)
+        _run(_sync_text("bar.arrive", 9 - WARPGROUP))
     s = warpgroup_mma_wait(1, deps=[s])
     return s, o
 
 
 @gluon.jit
+def _hide_keys(s, first):
+    """Hides the keys from number `first` of the tile on."""
+    key = gl.arange(0, KEYS, gl.SliceLayout(0, S_LAYOUT))
+    return gl.where((key < first)[None, :], s, float("-inf"))
+
+
+@gluon.jit
 def _first_weights(s, scale, WARPGROUP: gl.constexpr):
-    """Softmax weights of an item's first tile: key n of the tile is seen by query row m >= n."""
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, s.type.layout))
+    """Weights, reference and row sums of an item's first tile, whose key n is seen by query rows m >= n."""
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
     # Opaque, or the comparisons would be kept from one item to the next, in registers that the main loop needs.
     row = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [row], gl.int32, False, 1)
     row = WARPGROUP * ROWS + (row & (ROWS - 1))
-    key = gl.arange(0, KEYS, gl.SliceLayout(0, s.type.layout))
+    key = gl.arange(0, KEYS, gl.SliceLayout(0, S_LAYOUT))
     s = gl.where(key[None, :] <= row[:, None], s, float("-inf"))
-    m = gl.max(s, axis=1)
-    p = gl.exp2(s * scale - (m * scale)[:, None])
-    return p, m, _row_sums(p)
-
-
-@gluon.constexpr_function
-def _vote_text(warpgroup, dtype):
-    """PTX: whether any of the warpgroup's row sums is not below the limit, into a predicate declared outside."""
-    limit = "0f46800000" if str(dtype) == "fp16" else "0f5F800000"
-    return (
-        f"{{ .reg .pred bad; setp.geu.f32 bad, $2, {limit}; setp.geu.or.f32 bad, $3, {limit}, bad; "
-        f"bar.red.or.pred large{warpgroup}, {10 + warpgroup}, 128, bad; mov.b32 $0, $2; mov.b32 $1, $3; }}"
-    )
+    r = gl.max(s, axis=1) * scale
+    p = gl.exp2(s * scale - r[:, None])
+    return p, r, _row_sums(p)
 
 
 @gluon.jit
-def _declare_vote(WARPGROUP: gl.constexpr):
-    if WARPGROUP == 0:
-        gl.inline_asm_elementwise(".reg .pred large0; mov.b32 $0, $1;", "=r,r", [0], gl.int32, False, 1)
-    else:
-        gl.inline_asm_elementwise(".reg .pred large1; mov.b32 $0, $1;", "=r,r", [0], gl.int32, False, 1)
-
-
-@gluon.jit
-def _any_too_large(sums, WARPGROUP: gl.constexpr, DTYPE: gl.constexpr):
-    """The sums, and whether any row sum of the warpgroup is too large for DTYPE weights (or is NaN)."""
-    sums = gl.inline_asm_elementwise(_vote_text(WARPGROUP, DTYPE), "=f,=f,f,f", [sums], gl.float32, False, 2)
-    if WARPGROUP == 0:
-        large = gl.inline_asm_elementwise("selp.b32 $0, 1, $1, large0;", "=r,r", [0], gl.int32, False, 1)
-    else:
-        large = gl.inline_asm_elementwise("selp.b32 $0, 1, $1, large1;", "=r,r", [0], gl.int32, False, 1)
-    return sums, large
-
-
-@gluon.jit
-def _rebase(q, k_tile, o, l, r, scale, valid, MASKED: gl.constexpr):
-    """Moves the reference of the weights up to the rows' maximum and computes this tile's weights again."""
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
-    zero = gl.zeros([ROWS, KEYS], gl.float32, s_layout)
-    s = warpgroup_mma(q, k_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(0, deps=[s])
+def _rebase(q, k_tile, o, l, r, scale, visible, MASKED: gl.constexpr):
+    """Moves the reference up to the maximum so far and computes this tile's weights again."""
+    s = warpgroup_mma_wait(0, deps=[_scores(q, k_tile)])
     if MASKED:
-        key = gl.arange(0, KEYS, gl.SliceLayout(0, s_layout))
-        s = gl.where((key < valid)[None, :], s, float("-inf"))
+        s = _hide_keys(s, visible)
     r_new = gl.maximum(r, gl.max(s, axis=1) * scale)
     shrink = gl.exp2(r - r_new)
     p = gl.exp2(s * scale - r_new[:, None])
@@ -157,53 +171,28 @@ def _rebase(q, k_tile, o, l, r, scale, valid, MASKED: gl.constexpr):
 
 
 @gluon.jit
-def _lazy_step(q, kv, bars, stage, phase, p16, o, l, r, scale, valid, DTYPE: gl.constexpr,
-               MASKED: gl.constexpr, WARPGROUP: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr):  # fmt: skip
-    k_ring, v_ring = kv
+def _step(
+    q, kv, bars, position, p16, o, l, r, scale, visible,
+    MASKED: gl.constexpr, WARPGROUP: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
+):  # fmt: skip
+    """Adds the values of the tile before to O and computes the weights of this tile."""
+    k_ring, _v_ring = kv
     full, empty = bars
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
-    s, o = _products(q, k_ring.index(stage), v_ring.index(stage), p16, o, WARPGROUP, TURNS)
+    stage, phase = position
+    s, o = _products(q, kv, stage, p16, o, WARPGROUP, TURNS)
     if MASKED:
-        key = gl.arange(0, KEYS, gl.SliceLayout(0, s_layout))
-        s = gl.where((key < valid)[None, :], s, float("-inf"))
+        s = _hide_keys(s, visible)
     p = gl.exp2(s * scale - r[:, None])
-    sums = _row_sums(p)
-    sums, large = _any_too_large(sums, WARPGROUP, DTYPE)
-    here = stage
-    stage, phase = next_stage(stage, phase, STAGES)
-    mbarrier.wait(full.index(stage), phase)
+    sums, large = _any_too_large(_row_sums(p), WARPGROUP, k_ring.dtype)
+    # Waiting for the next stage already here keeps the compiler from waiting for O before the weights are computed.
+    ahead, phase = next_stage(stage, phase, STAGES)
+    mbarrier.wait(full.index(ahead), phase)
     o = warpgroup_mma_wait(0, deps=[o])
-    if large != 0:
-        p, sums, o, l, r = _rebase(q, k_ring.index(here), o, l, r, scale, valid, MASKED)
-    mbarrier.arrive(empty.index(here), count=1)
-    p16 = gl.convert_layout(p.to(DTYPE), gl.DotOperandLayout(0, s_layout, 2))
-    return stage, phase, p16, o, l + sums, r
-
-
-@gluon.jit
-def _weights(s, m, l, scale):
-    """Softmax weights of a further tile, and the factor of everything before it."""
-    m_new = gl.maximum(m, gl.max(s, axis=1))
-    shrink = gl.exp2((m - m_new) * scale)
-    p = gl.exp2(s * scale - (m_new * scale)[:, None])
-    l = l * gl.convert_layout(shrink, gl.SliceLayout(1, l.type.layout))[:, None] + _row_sums(p)
-    return p, m_new, l, shrink
-
-
-@gluon.jit
-def _pin(x):
-    """Has the compiler compute float32 `x`, and all that it depends on, here and not later, where it is used."""
-    return gl.inline_asm_elementwise("// pinned $0", "=f,0", [x], gl.float32, False, 1)
-
-
-@gluon.jit
-def _finish_step(o, p, shrink, release, DTYPE: gl.constexpr, p_layout: gl.constexpr):
-    """Ends the step: waits for O += P V, frees the stage, rescales O and makes P the next step's operand."""
-    o = warpgroup_mma_wait(0, deps=[o])
-    mbarrier.arrive(release, count=1)
-    p16 = gl.convert_layout(p.to(DTYPE), p_layout)
-    o = o * gl.convert_layout(shrink, gl.SliceLayout(1, o.type.layout))[:, None]
-    return o, p16
+    if large:
+        p, sums, o, l, r = _rebase(q, k_ring.index(stage), o, l, r, scale, visible, MASKED)
+    mbarrier.arrive(empty.index(stage), count=1)
+    p16 = gl.convert_layout(p.to(k_ring.dtype), P_LAYOUT)
+    return (ahead, phase), p16, o, l + sums, r
 
 
 @gluon.jit
@@ -233,17 +222,14 @@ def _widen_columns(x, D: gl.constexpr):
 
 
 @gluon.jit
-def _store(
-    result, o, m, l, row, row_end, head, WARPGROUP: gl.constexpr, D: gl.constexpr, HAS_LSE: gl.constexpr, LAZY: gl.constexpr
-):  # fmt: skip
+def _store(result, o, l, r, row, row_end, head, WARPGROUP: gl.constexpr, D: gl.constexpr, HAS_LSE: gl.constexpr):
     """Writes the rows of a finished item that belong to it."""
-    out, lse, scale, out_stride, num_heads = result
+    out, lse, out_stride, num_heads = result
     row += WARPGROUP * ROWS
-    total = gl.convert_layout(gl.sum(l, axis=1), m.type.layout)
+    total = gl.convert_layout(gl.sum(l, axis=1), r.type.layout)
     if HAS_LSE:
-        t = row + gl.arange(0, ROWS, m.type.layout)
+        t = row + gl.arange(0, ROWS, r.type.layout)
         place = t.to(gl.int64) * num_heads + head
-        r = m if LAZY else m * scale
         gl.store(lse + place, (r + gl.log2(total)) * LN_2, mask=t < row_end)
     o = o * gl.convert_layout(1.0 / total, gl.SliceLayout(1, o.type.layout))[:, None]
     o16 = _widen_columns(o.to(out.dtype.element_ty), D)
@@ -254,83 +240,72 @@ def _store(
 
 
 @gluon.jit
-def consumer(
-    q_mem, rings, queue, result,
-    WARPGROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HAS_PREFIX: gl.constexpr, HAS_LSE: gl.constexpr,
-    TURNS: gl.constexpr, LAZY: gl.constexpr, Q_REGS: gl.constexpr,
-):  # fmt: skip
+def _take_q(q_mem, count, WARPGROUP: gl.constexpr, Q_REGS: gl.constexpr):
+    """Waits for the queries of item number `count`; with Q_REGS they move to registers and free their place."""
     q_smem, q_full, q_empty = q_mem
-    _out, _lse, scale, _out_stride, _num_heads = result
-    k_ring, v_ring, full, empty = rings
+    mbarrier.wait(q_full.index(WARPGROUP), count & 1)
+    q = q_smem.index(WARPGROUP)
+    if Q_REGS:
+        q = q.load(P_LAYOUT)
+        fence_async_shared()
+        mbarrier.arrive(q_empty.index(WARPGROUP), count=1)
+    return q
+
+
+@gluon.jit
+def consumer(
+    q_mem, kv, bars, queue, scale, result,
+    WARPGROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HAS_PREFIX: gl.constexpr, HAS_LSE: gl.constexpr,
+    Q_REGS: gl.constexpr, TURNS: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup's part of every item that the producer publishes."""
+    _q_smem, _q_full, q_empty = q_mem
+    k_ring, v_ring = kv
+    full, empty = bars
     records, lens, _begins, item_full, item_empty = queue
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, s_layout, 2)
-    DTYPE: gl.constexpr = k_ring.dtype
-    _declare_vote(WARPGROUP)
+    _run(_large_text("mov.b32 $0, $1; .reg .pred", WARPGROUP))
     if TURNS and WARPGROUP == 1:
-        _pass_turn(WARPGROUP)
+        _run(_sync_text("bar.arrive", 8))
+
+    # The first tile of the first item has no product to share its step with.
+    count = 0
     mbarrier.wait(item_full.index(0), 0)
     row = get_word(records.index(0))
     row_end = get_word(records.index(2))
-    mbarrier.wait(q_full.index(WARPGROUP), 0)
-    if Q_REGS:
-        q = q_smem.index(WARPGROUP).load(p_layout)
-        mbarrier.arrive(q_empty.index(WARPGROUP), count=1)
-    else:
-        q = q_smem.index(WARPGROUP)
+    q = _take_q(q_mem, count, WARPGROUP, Q_REGS)
     mbarrier.wait(full.index(0), 0)
-    zero = gl.zeros([ROWS, KEYS], gl.float32, s_layout)
-    s = warpgroup_mma(q, k_ring.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(0, deps=[s])
+    s = warpgroup_mma_wait(0, deps=[_scores(q, k_ring.index(0))])
     mbarrier.arrive(empty.index(0), count=1)
-    p, m, l = _first_weights(s, scale, WARPGROUP)
-    if LAZY:
-        m = m * scale
-    stage = 1
-    phase = 0
-    count = 0
-    mbarrier.wait(full.index(stage), phase)
+    p, r, l = _first_weights(s, scale, WARPGROUP)
+    position = next_stage(0, 0, STAGES)
+    mbarrier.wait(full.index(position[0]), position[1])
     if row_end - row < KEYS:
-        _clear_rows(v_ring.index(stage), row_end - row, D)
-    p16 = gl.convert_layout(p.to(DTYPE), p_layout)
+        _clear_rows(v_ring.index(position[0]), row_end - row, D)
+    p16 = gl.convert_layout(p.to(k_ring.dtype), P_LAYOUT)
     o = gl.zeros([ROWS, D], gl.float32, o_layout)
     while row >= 0:
         slot = count & 1
         tiles = get_word(records.index(slot * FIELDS + 1))
         head = get_word(records.index(slot * FIELDS + 3))
         if HAS_PREFIX:
-            g = slot * MAX_SEGMENTS
+            segment = slot * MAX_SEGMENTS
             for _ in range(get_word(records.index(slot * FIELDS + 4))):
-                valid = get_word(lens.index(g)) % KEYS
-                g += 1
-                while valid == 0:
-                    valid = get_word(lens.index(g)) % KEYS
-                    g += 1
-                if LAZY:
-                    stage, phase, p16, o, l, m = _lazy_step(q, (k_ring, v_ring), (full, empty), stage, phase, p16, o, l, m, scale, valid, DTYPE, True, WARPGROUP, STAGES, TURNS)
-                else:
-                    s, o = _products(q, k_ring.index(stage), v_ring.index(stage), p16, o, WARPGROUP, TURNS)
-                    key = gl.arange(0, KEYS, gl.SliceLayout(0, s_layout))
-                    s = gl.where((key < valid)[None, :], s, float("-inf"))
-                    p, m, l, shrink = _weights(s, m, l, scale)
-                    release = empty.index(stage)
-                    stage, phase = next_stage(stage, phase, STAGES)
-                    mbarrier.wait(full.index(stage), phase)
-                    o, p16 = _finish_step(o, p, shrink, release, DTYPE, p_layout)
-                _clear_rows(v_ring.index(stage), valid, D)
+                visible = get_word(lens.index(segment)) % KEYS
+                segment += 1
+                while visible == 0:
+                    visible = get_word(lens.index(segment)) % KEYS
+                    segment += 1
+                position, p16, o, l, r = _step(
+                    q, kv, bars, position, p16, o, l, r, scale, visible, True, WARPGROUP, STAGES, TURNS
+                )
+                _clear_rows(v_ring.index(position[0]), visible, D)
         for _ in range(tiles):
-            if LAZY:
-                stage, phase, p16, o, l, m = _lazy_step(q, (k_ring, v_ring), (full, empty), stage, phase, p16, o, l, m, scale, 128, DTYPE, False, WARPGROUP, STAGES, TURNS)
-            else:
-                s, o = _products(q, k_ring.index(stage), v_ring.index(stage), p16, o, WARPGROUP, TURNS)
-                p, m, l, shrink = _weights(s, m, l, scale)
-                release = empty.index(stage)
-                stage, phase = next_stage(stage, phase, STAGES)
-                mbarrier.wait(full.index(stage), phase)
-                o, p16 = _finish_step(o, p, shrink, release, DTYPE, p_layout)
+            position, p16, o, l, r = _step(
+                q, kv, bars, position, p16, o, l, r, scale, KEYS, False, WARPGROUP, STAGES, TURNS
+            )
 
-        # The last values of this item together with the first keys of the next; after the last item those keys, and
+        # The last values of this item together with the first keys of the next. After the last item those keys, and
         # all that follows from them, are left-overs that nobody looks at.
         if not Q_REGS:
             mbarrier.arrive(q_empty.index(WARPGROUP), count=1)
@@ -340,28 +315,23 @@ def consumer(
         mbarrier.wait(item_full.index(slot), (count >> 1) & 1)
         next_row = get_word(records.index(slot * FIELDS))
         next_end = get_word(records.index(slot * FIELDS + 2))
-        mbarrier.wait(q_full.index(WARPGROUP), count & 1)
-        if Q_REGS:
-            q = q_smem.index(WARPGROUP).load(p_layout)
-            mbarrier.arrive(q_empty.index(WARPGROUP), count=1)
-        s, o = _products(q, k_ring.index(stage), v_ring.index(stage), p16, o, WARPGROUP, TURNS)
-        p, next_m, next_l = _first_weights(s, scale, WARPGROUP)
-        if LAZY:
-            next_m = next_m * scale
+        q = _take_q(q_mem, count, WARPGROUP, Q_REGS)
+        s, o = _products(q, kv, position[0], p16, o, WARPGROUP, TURNS)
+        p, next_r, next_l = _first_weights(s, scale, WARPGROUP)
         next_l = _pin(next_l)
-        release = empty.index(stage)
-        stage, phase = next_stage(stage, phase, STAGES)
-        mbarrier.wait(full.index(stage), phase)
+        release = empty.index(position[0])
+        position = next_stage(position[0], position[1], STAGES)
+        mbarrier.wait(full.index(position[0]), position[1])
         o = warpgroup_mma_wait(0, deps=[o])
         mbarrier.arrive(release, count=1)
-        p16 = gl.convert_layout(p.to(DTYPE), p_layout)
-        _store(result, o, m, l, row, row_end, head, WARPGROUP, D, HAS_LSE, LAZY)
+        p16 = gl.convert_layout(p.to(k_ring.dtype), P_LAYOUT)
+        _store(result, o, l, r, row, row_end, head, WARPGROUP, D, HAS_LSE)
         if next_end - next_row < KEYS:
-            _clear_rows(v_ring.index(stage), next_end - next_row, D)
+            _clear_rows(v_ring.index(position[0]), next_end - next_row, D)
         o = gl.zeros([ROWS, D], gl.float32, o_layout)
-        m = next_m
+        r = next_r
         l = next_l
         row = next_row
         row_end = next_end
     if TURNS and WARPGROUP == 0:
-        _wait_turn(WARPGROUP)
+        _run(_sync_text("bar.sync", 8))

@@ -28,6 +28,7 @@ def work_items(
     num_kv_heads: int,
     *,
     section_tokens: int,
+    prefix_tokens: int = 0,
     query_ranges: Sequence[tuple[int, int]] | None = None,
 ) -> NDArray[np.int32]:
     """The kernel's work list.
@@ -36,11 +37,13 @@ def work_items(
         seqlens: tokens of each sequence; they lie behind each other.
         num_heads, num_kv_heads: query and KV heads; the former is a multiple of the latter.
         section_tokens: tokens of one KV head whose keys and values stay in the L2 cache.
+        prefix_tokens: a bound on the tokens of a KV head before each sequence.
         query_ranges: the rows [first, last) of each sequence to compute, all by default. `first` is a multiple of 128.
 
     Returns:
-        int32 [N, 4]: first row among all tokens, full key tiles before it in its sequence, end of the rows to write
-        among all tokens, sequence * num_heads + query head.
+        int32 [N, 6]: first row among all tokens, full key tiles before it in its sequence, end of the rows to write
+        among all tokens, sequence, KV head (its place in the order of heads, where there is one), query head inside
+        the group.
 
     Raises:
         InvalidInputError: a range that is not inside its sequence or begins inside a tile.
@@ -50,10 +53,9 @@ def work_items(
     begins = [0, *accumulate(seqlens)]
     order = sorted((b for b, (first, last) in enumerate(ranges) if last > first), key=lambda b: -ranges[b][1])
     pairs = [(b, k) for b in order for k in range(num_kv_heads)]
-    sections = _sections([ranges[b][1] for b, _ in pairs], section_tokens)
-    group = num_heads // num_kv_heads
-    lists = [_section_items(pairs[part], begins, ranges, num_heads, group) for part in sections]
-    return np.concatenate(lists) if lists else np.empty((0, 4), np.int32)
+    sections = _sections([ranges[b][1] + prefix_tokens for b, _ in pairs], section_tokens)
+    lists = [_section_items(pairs[part], begins, ranges, num_heads // num_kv_heads) for part in sections]
+    return np.concatenate(lists) if lists else np.empty((0, 6), np.int32)
 
 
 def item_tiles(items: NDArray[np.int32]) -> NDArray[np.int32]:
@@ -84,23 +86,20 @@ def _sections(sizes: Sequence[int], capacity: int) -> list[slice]:
 
 
 def _section_items(
-    pairs: Sequence[tuple[int, int]],
-    begins: Sequence[int],
-    ranges: Sequence[tuple[int, int]],
-    num_heads: int,
-    group: int,
+    pairs: Sequence[tuple[int, int]], begins: Sequence[int], ranges: Sequence[tuple[int, int]], group: int
 ) -> NDArray[np.int32]:
     """Items of some (sequence, KV head) pairs, longest first; items of a group's query heads are neighbours."""
     parts = []
     for b, k in pairs:
         first, last = ranges[b]
         tile = np.arange(first // TILE_ROWS, -(-last // TILE_ROWS), dtype=np.int32)
-        head = np.arange(k * group, (k + 1) * group, dtype=np.int32)
-        part = np.empty((len(tile), group, 4), np.int32)
+        part = np.empty((len(tile), group, 6), np.int32)
         part[:, :, 0] = (begins[b] + TILE_ROWS * tile)[:, None]
         part[:, :, 1] = tile[:, None]
         part[:, :, 2] = begins[b] + np.minimum(TILE_ROWS * (tile + 1), last)[:, None]
-        part[:, :, 3] = b * num_heads + head
-        parts.append(part.reshape(-1, 4))
+        part[:, :, 3] = b
+        part[:, :, 4] = k
+        part[:, :, 5] = np.arange(group)
+        parts.append(part.reshape(-1, 6))
     items = np.concatenate(parts)
     return items[np.argsort(-items[:, 1], kind="stable")]

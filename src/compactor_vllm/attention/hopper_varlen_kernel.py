@@ -33,6 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from compactor_vllm.attention.hopper_consumer import consumer
+from compactor_vllm.attention.hopper_head_order import order_heads
 from compactor_vllm.attention.hopper_producer import producer
 from compactor_vllm.attention.hopper_ring import FIELDS, KEYS, MAX_SEGMENTS, ROWS
 from compactor_vllm.attention.hopper_schedule import work_items
@@ -44,11 +45,13 @@ if TYPE_CHECKING:
 
 @gluon.jit(do_not_specialize=["num_items", "num_heads", "kv_heads", "num_segments", "page_rows"])
 def prefill_kernel(
-    q_desc, k_desc, v_desc, k_page_desc, v_page_desc, out, lse, items, counter, segments, seg_lens, head_begin,
-    page_table, num_items, scale, out_stride, num_heads, kv_heads, num_segments, page_rows,
-    D: gl.constexpr, STAGES: gl.constexpr, HAS_PREFIX: gl.constexpr,
-    HAS_LSE: gl.constexpr, TURNS: gl.constexpr, LAZY: gl.constexpr, Q_REGS: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+    q_desc, k_desc, v_desc, k_page_desc, v_page_desc, out, lse, items, counter,
+    segments, seg_lens, head_begin, head_order, page_table,
+    num_items, scale, out_stride, num_heads, kv_heads, num_segments, page_rows,
+    D: gl.constexpr, STAGES: gl.constexpr, HAS_PREFIX: gl.constexpr, HAS_LSE: gl.constexpr, Q_REGS: gl.constexpr,
+    TURNS: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
+    """Allocates the shared memory and starts the three roles."""
     bar_layout: gl.constexpr = mbarrier.MBarrierLayout()
     word_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [2, ROWS, D], q_desc.layout)
@@ -72,17 +75,18 @@ def prefill_kernel(
         mbarrier.init(item_full.index(i), count=1)
         mbarrier.init(item_empty.index(i), count=2)
     q_mem = (q_smem, q_full, q_empty)
-    rings = (k_ring, v_ring, full, empty)
+    kv = (k_ring, v_ring)
+    bars = (full, empty)
     queue = (records, lens, begins, item_full, item_empty)
     descs = (k_desc, v_desc, k_page_desc, v_page_desc)
-    prefix = (segments, seg_lens, head_begin, page_table, kv_heads, num_segments, page_rows)
-    sched = (items, num_items, num_heads, num_heads // kv_heads)
-    result = (out, lse, scale, out_stride, num_heads)
+    prefix = (segments, seg_lens, head_begin, head_order, page_table, kv_heads, num_segments, page_rows)
+    sched = (items, num_items, num_heads // kv_heads)
+    result = (out, lse, out_stride, num_heads)
     gl.warp_specialize(
         [
-            (consumer, (q_mem, rings, queue, result, 0, D, STAGES, HAS_PREFIX, HAS_LSE, TURNS, LAZY, Q_REGS)),
-            (consumer, (q_mem, rings, queue, result, 1, D, STAGES, HAS_PREFIX, HAS_LSE, TURNS, LAZY, Q_REGS)),
-            (producer, (q_desc, descs, q_mem, rings, queue, sched, counter, prefix, D, STAGES, HAS_PREFIX)),
+            (consumer, (q_mem, kv, bars, queue, scale, result, 0, D, STAGES, HAS_PREFIX, HAS_LSE, Q_REGS, TURNS)),
+            (consumer, (q_mem, kv, bars, queue, scale, result, 1, D, STAGES, HAS_PREFIX, HAS_LSE, Q_REGS, TURNS)),
+            (producer, (q_desc, descs, q_mem, kv, bars, queue, sched, counter, prefix, D, STAGES, HAS_PREFIX)),
         ],
         [4, 1],
         [CONSUMER_REGS, PRODUCER_REGS],
@@ -98,18 +102,28 @@ class HopperConfig:
 
     Attributes:
         stages: tiles of keys and values in flight.
+        q_regs: whether queries move to registers; None: where that needs no spills, that is without a prefix.
         turns: whether the two warpgroups take turns at the tensor cores.
         consumer_regs, producer_regs: registers of a thread, 2 * 128 * consumer + 128 * producer <= 65,536.
         l2_share: part of the L2 cache that a section's keys and values may fill.
     """
 
     stages: int = 3
+    q_regs: bool | None = None
     turns: bool = True
     consumer_regs: int = 240
     producer_regs: int = 24
     l2_share: float = 0.5
-    lazy: bool = True
-    q_regs: bool = False
+
+    def constants(self, has_prefix: bool) -> dict[str, int | bool]:
+        """The kernel's tuning constants."""
+        return {
+            "STAGES": self.stages,
+            "Q_REGS": not has_prefix if self.q_regs is None else self.q_regs,
+            "TURNS": self.turns,
+            "CONSUMER_REGS": self.consumer_regs,
+            "PRODUCER_REGS": self.producer_regs,
+        }
 
 
 TESTED_TRITON = ("3.6", "3.7")
@@ -185,7 +199,10 @@ def prefill_attention_hopper(
     K = k_TKD.shape[1]
     device = q_THD.device
     stream = torch.cuda.current_stream(device).cuda_stream
-    items, counter = _device_items(tuple(seqlens), query_ranges, H, K, D, config.l2_share, device, stream)
+    prefix_tokens = 0 if prefix is None else prefix.max_len
+    items, counter = _device_items(
+        tuple(seqlens), query_ranges, prefix_tokens, (H, K, D), config.l2_share, device, stream
+    )
     num_items = items.shape[0]
     if num_items == 0:
         return out
@@ -194,15 +211,21 @@ def prefill_attention_hopper(
         TensorDescriptor.from_tensor(x.view(T, -1), [rows, D], layout)
         for x, rows in ((q_THD, 64), (k_TKD, 128), (v_TKD, 128))
     )
-    page_args = _prefix_arguments(prefix, D, layout) or (k_desc, v_desc, items, items, items, items, 0, 0)
-    k_page_desc, v_page_desc, segments, seg_lens, head_begin, page_table, num_segments, page_rows = page_args
+    k_page_desc, v_page_desc, *tables, num_segments, page_rows = _prefix_arguments(prefix, D, layout) or (
+        *(k_desc, v_desc),
+        *(items,) * 5,
+        *(0, 0),
+    )
     programs = min(num_items, torch.cuda.get_device_properties(device).multi_processor_count)
     prefill_kernel[(programs,)](
-        q_desc, k_desc, v_desc, k_page_desc, v_page_desc, out, items if lse is None else lse, items, counter, segments,
-        seg_lens, head_begin, page_table, num_items, scale * math.log2(math.e), out.stride(0), H, K, num_segments,
-        page_rows, D, config.stages, prefix is not None, lse is not None, config.turns, config.lazy, config.q_regs,
-        config.consumer_regs, config.producer_regs, num_warps=4,
-    )  # fmt: skip
+        *(q_desc, k_desc, v_desc, k_page_desc, v_page_desc, out, items if lse is None else lse, items, counter),
+        *(*tables, num_items, scale * math.log2(math.e), out.stride(0), H, K, num_segments, page_rows),
+        D=D,
+        HAS_PREFIX=prefix is not None,
+        HAS_LSE=lse is not None,
+        num_warps=4,
+        **config.constants(prefix is not None),
+    )
     return out
 
 
@@ -244,7 +267,9 @@ def _prefix_arguments(prefix: RaggedPrefix | None, D: int, layout: gl.NVMMAShare
         flat = pages.as_strided((rows, D), (D, 1))
         descs.append(TensorDescriptor.from_tensor(flat, [128, D], layout))
     num_segments = prefix.segments_BG.shape[1]
-    tables = (prefix.segments_BG.contiguous(), cache.seg_lens_SK, cache.head_begin_SK, cache.page_table)
+    segments_BG = prefix.segments_BG.contiguous()
+    head_order = order_heads(segments_BG, cache.seg_lens_SK)
+    tables = (segments_BG, cache.seg_lens_SK, cache.head_begin_SK, head_order, cache.page_table)
     return (*descs, *tables, num_segments, cache.k_pages_PRD.stride(0) // D)
 
 
@@ -252,9 +277,8 @@ def _prefix_arguments(prefix: RaggedPrefix | None, D: int, layout: gl.NVMMAShare
 def _device_items(
     seqlens: tuple[int, ...],
     query_ranges: tuple[tuple[int, int], ...] | None,
-    H: int,
-    K: int,
-    D: int,
+    prefix_tokens: int,
+    sizes: tuple[int, int, int],
     l2_share: float,
     device: torch.device,
     stream: int,
@@ -263,7 +287,10 @@ def _device_items(
 
     Cached per stream: launches on one stream follow each other, so they can share the counter.
     """
+    H, K, D = sizes
     l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     section_tokens = int(l2_share * l2_bytes) // (2 * D * 2)
-    items = work_items(seqlens, H, K, section_tokens=section_tokens, query_ranges=query_ranges)
+    items = work_items(
+        seqlens, H, K, section_tokens=section_tokens, prefix_tokens=prefix_tokens, query_ranges=query_ranges
+    )
     return torch.from_numpy(items).to(device), torch.zeros(1, dtype=torch.int32, device=device)

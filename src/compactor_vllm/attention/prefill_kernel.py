@@ -42,8 +42,8 @@ def _load_tile(
     """Rows [n, n + BLOCK_N) of one head as [N, D]; where MASKED and not TMA, rows from `end` on are zeros.
 
     PAGE_SIZE 0: `outer` is the head; its row r is row `first + r` of the packed tensor; `desc` spans [K, T, D].
-    Otherwise `outer` is the page that holds the tile, unless a tile spans pages: then row r is row r % PAGE_SIZE of page
-    table_ptr[r // PAGE_SIZE]. `desc` spans [pages, PAGE_SIZE, D].
+    Otherwise `outer` is the page that holds the tile, unless a tile spans pages: then row r is row r % PAGE_SIZE of
+    page table_ptr[r // PAGE_SIZE]. `desc` spans [pages, PAGE_SIZE, D].
     """
     if PAGE_SIZE == 0:
         row = first + n
@@ -114,8 +114,9 @@ def _attend_range(
 ):  # fmt: skip
     """Adds keys [begin, end) to the running softmax; tiles up to `full_end` are visible to all rows of the tile.
 
-    `begin` is a multiple of BLOCK_N. The first tile and those from `full_end` on are masked, see `_mask_scores`. An empty
-    range (`end` 0) costs a tile and changes nothing that counts: the first visible key wipes out what hidden ones left.
+    `begin` is a multiple of BLOCK_N. The first tile and those from `full_end` on are masked, see `_mask_scores`. An
+    empty range (`end` 0) costs a tile and changes nothing that counts: the first visible key wipes out what hidden
+    ones left.
     """
     dtype: tl.constexpr = q_MD.dtype
     page_v = _page_of(table_ptr, begin, end, outer, BLOCK_N, PAGE_SIZE)
@@ -123,17 +124,26 @@ def _attend_range(
     s_MN = tl.zeros([q_MD.shape[0], BLOCK_N], tl.float32)
     # In a region of its own, the tile's buffer is free again when the loops begin.
     if end > 0:
-        k_ND = _load_tile(k_ptr, k_desc, table_ptr, page_v, first, begin, end, stride_k_outer, stride_k_row, D, BLOCK_D, BLOCK_N, PAGE_SIZE, TMA, True)  # fmt: skip
+        k_ND = _load_tile(
+            k_ptr, k_desc, table_ptr, page_v, first, begin, end, stride_k_outer, stride_k_row,
+            D, BLOCK_D, BLOCK_N, PAGE_SIZE, TMA, True,
+        )  # fmt: skip
         s_MN = tl.dot(q_MD, k_ND.T, input_precision=PRECISION)
     s_MN = _mask_scores(s_MN, before, m0, begin, end, GROUP, BLOCK_N, CAUSAL)
     p_MN, alpha_M, l_M, m_M = _softmax_step(s_MN, l_M, m_M, qk_scale)
     bits_MN = _to_bits(p_MN, dtype)
-    # Pages are looked up a tile ahead. The maximum changes nothing: the compiler pipelines no loop that hands a value on
-    # as it is for two rounds.
+    # Pages are looked up a tile ahead. The maximum changes nothing: the compiler pipelines no loop that hands a value
+    # on as it is for two rounds.
     for n in range(begin + BLOCK_N, full_end, BLOCK_N):
         next_page = _page_of(table_ptr, n + BLOCK_N, end, outer, BLOCK_N, PAGE_SIZE)
-        v_ND = _load_tile(v_ptr, v_desc, table_ptr, page_v, first, n - BLOCK_N, end, stride_v_outer, stride_v_row, D, BLOCK_D, BLOCK_N, PAGE_SIZE, TMA, False)  # fmt: skip
-        k_ND = _load_tile(k_ptr, k_desc, table_ptr, page_k, first, n, end, stride_k_outer, stride_k_row, D, BLOCK_D, BLOCK_N, PAGE_SIZE, TMA, False)  # fmt: skip
+        v_ND = _load_tile(
+            v_ptr, v_desc, table_ptr, page_v, first, n - BLOCK_N, end, stride_v_outer, stride_v_row,
+            D, BLOCK_D, BLOCK_N, PAGE_SIZE, TMA, False,
+        )  # fmt: skip
+        k_ND = _load_tile(
+            k_ptr, k_desc, table_ptr, page_k, first, n, end, stride_k_outer, stride_k_row,
+            D, BLOCK_D, BLOCK_N, PAGE_SIZE, TMA, False,
+        )  # fmt: skip
         s_MN = tl.dot(q_MD, k_ND.T, input_precision=PRECISION)
         acc_MD = acc_MD * alpha_M[:, None]
         acc_MD = tl.dot(bits_MN.to(dtype, bitcast=True), v_ND, acc_MD, input_precision=PRECISION)
@@ -144,8 +154,14 @@ def _attend_range(
             page_k = next_page
     for n in tl.range(tl.maximum(full_end, begin + BLOCK_N), end, BLOCK_N, num_stages=2):
         next_page = _page_of(table_ptr, n + BLOCK_N, end, outer, BLOCK_N, PAGE_SIZE)
-        v_ND = _load_tile(v_ptr, v_desc, table_ptr, page_v, first, n - BLOCK_N, end, stride_v_outer, stride_v_row, D, BLOCK_D, BLOCK_N, PAGE_SIZE, TMA, False)  # fmt: skip
-        k_ND = _load_tile(k_ptr, k_desc, table_ptr, page_k, first, n, end, stride_k_outer, stride_k_row, D, BLOCK_D, BLOCK_N, PAGE_SIZE, TMA, True)  # fmt: skip
+        v_ND = _load_tile(
+            v_ptr, v_desc, table_ptr, page_v, first, n - BLOCK_N, end, stride_v_outer, stride_v_row,
+            D, BLOCK_D, BLOCK_N, PAGE_SIZE, TMA, False,
+        )  # fmt: skip
+        k_ND = _load_tile(
+            k_ptr, k_desc, table_ptr, page_k, first, n, end, stride_k_outer, stride_k_row,
+            D, BLOCK_D, BLOCK_N, PAGE_SIZE, TMA, True,
+        )  # fmt: skip
         s_MN = tl.dot(q_MD, k_ND.T, input_precision=PRECISION)
         acc_MD = acc_MD * alpha_M[:, None]
         acc_MD = tl.dot(bits_MN.to(dtype, bitcast=True), v_ND, acc_MD, input_precision=PRECISION)
@@ -156,7 +172,10 @@ def _attend_range(
             page_v = tl.maximum(page_k, 0)
             page_k = next_page
     last = tl.maximum(end - 1, 0) // BLOCK_N * BLOCK_N
-    v_ND = _load_tile(v_ptr, v_desc, table_ptr, page_v, first, last, end, stride_v_outer, stride_v_row, D, BLOCK_D, BLOCK_N, PAGE_SIZE, False, True)  # fmt: skip
+    v_ND = _load_tile(
+        v_ptr, v_desc, table_ptr, page_v, first, last, end, stride_v_outer, stride_v_row,
+        D, BLOCK_D, BLOCK_N, PAGE_SIZE, False, True,
+    )  # fmt: skip
     acc_MD = acc_MD * alpha_M[:, None]
     acc_MD = tl.dot(bits_MN.to(dtype, bitcast=True), v_ND, acc_MD, input_precision=PRECISION)
     return acc_MD, l_M, m_M

@@ -198,7 +198,6 @@ def _attend_constants(
         "PAGE_BY_ROW": by_row,
         "SKEWED": tiles.skewed,
         "BULK_COPY": tiles.bulk_copy and not by_row,
-        "STAGES": tiles.num_stages,
         "SCAN": 1024,
     }
 
