@@ -12,6 +12,7 @@ import argparse
 import json
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,6 +109,16 @@ def main() -> None:
         )
     )
     rows: list[dict[str, Any]] = []
+    header = {
+        "benchmark": "needle",
+        "model": options.model,
+        "tokens": options.tokens,
+        "samples": options.samples,
+        "seed": options.seed,
+        "engine": llm.describe(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+    }
 
     def report(name: str, task: str, ratio: float, samples: list[Any], variant: Variant) -> None:
         begin = time.perf_counter()
@@ -115,6 +126,8 @@ def main() -> None:
         seconds = time.perf_counter() - begin
         rows.append({"variant": name, "task": task, "ratio": ratio, "percent": percent, "seconds": seconds})
         print(f"{task:16s} {name:36s} kept {ratio:5.3f}  {percent:5.1f} %  {seconds:6.1f} s", flush=True)
+        if options.out:  # after every row, so that an interrupted run keeps what it has
+            Path(options.out).write_text(json.dumps(header | {"rows": rows}, indent=1))
 
     for task in options.tasks:
         samples = make_samples(task, llm.tokenizer, length=options.tokens, count=options.samples, seed=options.seed)
@@ -122,20 +135,6 @@ def main() -> None:
         for name in names:
             for ratio in options.ratios:
                 report(name, task, ratio, samples, VARIANTS[name])
-    if options.out:
-        result = {
-            "benchmark": "needle",
-            "model": options.model,
-            "tokens": options.tokens,
-            "samples": options.samples,
-            "seed": options.seed,
-            "engine": llm.describe(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "torch": torch.__version__,
-            "rows": rows,
-        }
-        with open(options.out, "w") as file:
-            json.dump(result, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +14,7 @@ import pytest
 import typer.main
 
 from compactor_vllm.cli.main import app
+from tests.test_promises import QUICKSTART, SMALL
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -20,12 +23,6 @@ TESTED_ELSEWHERE = {"adding-a-method.md", "methods.md"}
 
 SKIP_MARK = "<!-- not run:"
 """A comment on the line before a block, with the reason."""
-
-SMALL = [
-    ("Qwen/Qwen3-8B", "smollm2-135m-instruct"),
-    ("max_model_len=40960", "max_model_len=8192"),
-    ("max_new_tokens=256", "max_new_tokens=16"),
-]
 
 
 class Block(NamedTuple):
@@ -54,7 +51,8 @@ def label(block: Block) -> str:
 
 
 def is_run(block: Block) -> bool:
-    return block.language == "python" and block.page.name not in TESTED_ELSEWHERE and SKIP_MARK not in block.before
+    tested_elsewhere = block.page.name in TESTED_ELSEWHERE or block.code == QUICKSTART
+    return block.language == "python" and not tested_elsewhere and SKIP_MARK not in block.before
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if is_run(block)], ids=label)
@@ -143,3 +141,12 @@ def test_numbers_that_are_not_ours_are_labelled() -> None:
     promised = [i for i, line in enumerate(lines) if re.match(r"\| (Llama|Qwen)\S+: promised", line)]
     assert len(promised) == 2 and all(": measured |" in lines[i + 1] for i in promised)
     assert any("has not reproduced them yet" in line for line in lines[: promised[0]])
+
+
+@pytest.mark.slow
+def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed: pip install -e '.[dev]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "SequenceCompressionParams" in (tmp_path / "api" / "index.html").read_text()

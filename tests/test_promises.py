@@ -109,6 +109,13 @@ answers = llm.generate_chat(
 print(answers[0])
 """
 
+SMALL = [
+    ("Qwen/Qwen3-8B", "smollm2-135m-instruct"),
+    ("max_model_len=40960", "max_model_len=8192"),
+    ("max_new_tokens=256", "max_new_tokens=16"),
+]
+"""What stands in for the original's values where code of the documentation runs."""
+
 
 @pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in NAMES.items() for name in names])
 def test_every_name_is_there(module: str, name: str) -> None:
@@ -181,11 +188,7 @@ def test_the_quickstart_is_in_the_readme_and_runs(capsys: pytest.CaptureFixture[
     """With the built-in model, its context length, and fewer tokens than the original."""
     assert f"```python\n{QUICKSTART}```" in (ROOT / "README.md").read_text()
     code = QUICKSTART
-    for original, small in [
-        ("Qwen/Qwen3-8B", "smollm2-135m-instruct"),
-        ("max_model_len=40960", "max_model_len=8192"),
-        ("max_new_tokens=256", "max_new_tokens=16"),
-    ]:
+    for original, small in SMALL:
         assert original in code
         code = code.replace(original, small)
     names: dict[str, Any] = {}

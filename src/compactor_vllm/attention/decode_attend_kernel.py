@@ -83,8 +83,11 @@ def attend_kernel(
     item = _find_item(plan_ptr, position, num_items, num_x, BIG, SCAN)
     cost, length, begin, pair, rows = _load_item(plan_ptr, item, num_items, num_x, BIG)
     while position < last:
-        # The next item's words arrive while this one is worked on.
-        cost_next, length_next, begin_next, pair_next, rows_next = _load_item(plan_ptr, item + 1, num_items, num_x, BIG)
+        if not BIG:
+            # The next item's words arrive while this one is worked on. Big tiles have no registers for them.
+            cost_next, length_next, begin_next, pair_next, rows_next = _load_item(
+                plan_ptr, item + 1, num_items, num_x, BIG
+            )
         entry = pair // KV_HEADS
         users, place = 1, 0
         if SHARED:
@@ -113,7 +116,10 @@ def attend_kernel(
         position = zero + units
         if not SHARED or position >= cost + tl.cdiv(users, USERS) * (units + OVERHEAD):
             item += 1
-            cost, length, begin, pair, rows = cost_next, length_next, begin_next, pair_next, rows_next
+            if BIG:
+                cost, length, begin, pair, rows = _load_item(plan_ptr, item, num_items, num_x, BIG)
+            else:
+                cost, length, begin, pair, rows = cost_next, length_next, begin_next, pair_next, rows_next
 
 
 @triton.jit

@@ -99,17 +99,18 @@ def default_decode_config(capability: tuple[int, int], dtype: torch.dtype, head_
         # IEEE products run without tensor cores, their operands in registers.
         small = replace(small, block_n=16, num_stages=2, programs_per_sm=4)
         return DecodeConfig(small=small, big=replace(small, block_m=32, programs_per_sm=2, unit=64))
+    skewed = capability[0] == 9 and padded <= 128
     big = TileConfig(
         block_m=128 if padded <= 128 else 64,
         block_n=block_n,
         num_warps=8,
         num_stages=3 if roomy else 2,
         programs_per_sm=1,
-        unit=64,
-        overhead=1,
-        min_share=2,
-        skewed=capability[0] == 9,
-        bulk_copy=capability[0] == 9,
+        unit=64 if skewed else 16,
+        overhead=1 if skewed else 4,
+        min_share=2 if skewed else 8,
+        skewed=skewed,
+        bulk_copy=skewed,
     )
     return DecodeConfig(small=small, big=big)
 

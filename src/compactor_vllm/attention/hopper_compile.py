@@ -26,7 +26,7 @@ SHARED_LIMIT = 227 * 1024
 
 _POINTERS = {"lse": "*fp32", **dict.fromkeys(("items", "counter"), "*i32")}
 _TABLES = ("segments", "seg_lens", "head_begin", "head_order", "page_table")
-_SCALARS = {"num_items": "i32", "scale": "fp32", "out_stride": "i32"}
+_SCALARS = {"num_items": "i32", "scale": "fp32"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ def compile_prefill(
     signature |= dict.fromkeys(constants, "constexpr")
     signature = {name: signature[name] for name in prefill_kernel.arg_names}
     place = {name: (i,) for i, name in enumerate(signature)}
-    aligned = ("out", "out_stride", "lse", "items", "counter", *_TABLES)
+    aligned = ("out", "lse", "items", "counter", *_TABLES)
     source = GluonASTSource(
         prefill_kernel,
         signature,

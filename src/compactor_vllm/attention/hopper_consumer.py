@@ -97,6 +97,12 @@ def _pin(x):
 
 
 @gluon.jit
+def _opaque(x):
+    """Integer `x`, with the compiler none the wiser: what follows from it is computed anew."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], gl.int32, False, 1)
+
+
+@gluon.jit
 def _any_too_large(sums, WARPGROUP: gl.constexpr, DTYPE: gl.constexpr):
     """The sums, and whether any of the warpgroup's is too large for weights of DTYPE (or is NaN).
 
@@ -145,9 +151,8 @@ def _hide_keys(s, first):
 @gluon.jit
 def _first_weights(s, scale, WARPGROUP: gl.constexpr):
     """Weights, reference and row sums of an item's first tile, whose key n is seen by query rows m >= n."""
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
     # Opaque, or the comparisons would be kept from one item to the next, in registers that the main loop needs.
-    row = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [row], gl.int32, False, 1)
+    row = _opaque(gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT)))
     row = WARPGROUP * ROWS + (row & (ROWS - 1))
     key = gl.arange(0, KEYS, gl.SliceLayout(0, S_LAYOUT))
     s = gl.where(key[None, :] <= row[:, None], s, float("-inf"))
@@ -161,7 +166,7 @@ def _rebase(q, k_tile, o, l, r, scale, visible, MASKED: gl.constexpr):
     """Moves the reference up to the maximum so far and computes this tile's weights again."""
     s = warpgroup_mma_wait(0, deps=[_scores(q, k_tile)])
     if MASKED:
-        s = _hide_keys(s, visible)
+        s = _hide_keys(s, _opaque(visible))
     r_new = gl.maximum(r, gl.max(s, axis=1) * scale)
     shrink = gl.exp2(r - r_new)
     p = gl.exp2(s * scale - r_new[:, None])
@@ -224,19 +229,18 @@ def _widen_columns(x, D: gl.constexpr):
 @gluon.jit
 def _store(result, o, l, r, row, row_end, head, WARPGROUP: gl.constexpr, D: gl.constexpr, HAS_LSE: gl.constexpr):
     """Writes the rows of a finished item that belong to it."""
-    out, lse, out_stride, num_heads = result
+    out, lse, num_heads = result
     row += WARPGROUP * ROWS
     total = gl.convert_layout(gl.sum(l, axis=1), r.type.layout)
     if HAS_LSE:
         t = row + gl.arange(0, ROWS, r.type.layout)
-        place = t.to(gl.int64) * num_heads + head
-        gl.store(lse + place, (r + gl.log2(total)) * LN_2, mask=t < row_end)
+        gl.store(lse + t * num_heads + head, (r + gl.log2(total)) * LN_2, mask=t < row_end)
     o = o * gl.convert_layout(1.0 / total, gl.SliceLayout(1, o.type.layout))[:, None]
     o16 = _widen_columns(o.to(out.dtype.element_ty), D)
     t = row + gl.arange(0, ROWS, gl.SliceLayout(1, o16.type.layout))
     d = gl.arange(0, D, gl.SliceLayout(0, o16.type.layout))
-    place = t.to(gl.int64)[:, None] * out_stride + (head * D + d)[None, :]
-    gl.store(out + place, o16, mask=(t < row_end)[:, None])
+    place = (t * num_heads + head).to(gl.int64) * D
+    gl.store(out + place[:, None] + d[None, :], o16, mask=(t < row_end)[:, None])
 
 
 @gluon.jit

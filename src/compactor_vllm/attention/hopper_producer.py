@@ -40,7 +40,7 @@ def _publish(sched, queue, prefix, index, count, HAS_PREFIX: gl.constexpr):
         partial = 0
         for g in range(num_segments):
             segment = gl.load(segments + sequence * num_segments + g, mask=live, other=-1)
-            place = segment.to(gl.int64) * kv_heads + kv_head
+            place = segment * kv_heads + kv_head
             length = gl.load(seg_lens + place, mask=segment >= 0, other=0)
             put_word(lens.index(slot * MAX_SEGMENTS + g), length)
             put_word(begins.index(slot * MAX_SEGMENTS + g), gl.load(head_begin + place, mask=segment >= 0, other=0))

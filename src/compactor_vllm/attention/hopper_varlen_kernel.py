@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 def prefill_kernel(
     q_desc, k_desc, v_desc, k_page_desc, v_page_desc, out, lse, items, counter,
     segments, seg_lens, head_begin, head_order, page_table,
-    num_items, scale, out_stride, num_heads, kv_heads, num_segments, page_rows,
+    num_items, scale, num_heads, kv_heads, num_segments, page_rows,
     D: gl.constexpr, STAGES: gl.constexpr, HAS_PREFIX: gl.constexpr, HAS_LSE: gl.constexpr, Q_REGS: gl.constexpr,
     TURNS: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
@@ -81,7 +81,7 @@ def prefill_kernel(
     descs = (k_desc, v_desc, k_page_desc, v_page_desc)
     prefix = (segments, seg_lens, head_begin, head_order, page_table, kv_heads, num_segments, page_rows)
     sched = (items, num_items, num_heads // kv_heads)
-    result = (out, lse, out_stride, num_heads)
+    result = (out, lse, num_heads)
     gl.warp_specialize(
         [
             (consumer, (q_mem, kv, bars, queue, scale, result, 0, D, STAGES, HAS_PREFIX, HAS_LSE, Q_REGS, TURNS)),
@@ -219,7 +219,7 @@ def prefill_attention_hopper(
     programs = min(num_items, torch.cuda.get_device_properties(device).multi_processor_count)
     prefill_kernel[(programs,)](
         *(q_desc, k_desc, v_desc, k_page_desc, v_page_desc, out, items if lse is None else lse, items, counter),
-        *(*tables, num_items, scale * math.log2(math.e), out.stride(0), H, K, num_segments, page_rows),
+        *(*tables, num_items, scale * math.log2(math.e), H, K, num_segments, page_rows),
         D=D,
         HAS_PREFIX=prefix is not None,
         HAS_LSE=lse is not None,
@@ -250,6 +250,8 @@ def _check_arguments(
         raise InvalidInputError(f"{H} query heads are not a multiple of {K} KV heads")
     if sum(seqlens) != T:
         raise InvalidInputError(f"seqlens sum up to {sum(seqlens)}, but there are {T} tokens")
+    if T * H >= 2**31:
+        raise InvalidInputError(f"{T} tokens of {H} heads are more than 2^31 rows")
     if not scale > 0:
         raise InvalidInputError(f"scale must be positive, not {scale}")
     if lse is not None and (tuple(lse.shape) != (T, H) or lse.dtype != torch.float32 or not lse.is_contiguous()):

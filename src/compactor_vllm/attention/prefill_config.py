@@ -53,10 +53,10 @@ def default_prefill_config(
         head_dim: D.
         page_size: rows of a page of the prefix, or None where there is none.
     """
-    tma = choose_prefill_kernel(capability, dtype, head_dim, page_size, page_size is not None) == "triton_tma"
-    config = replace(_tiles(capability, dtype, padded_head_dim(head_dim)), tma=tma)
-    if page_size is not None and page_size < config.block_n and tma:
-        return replace(config, block_n=page_size)
+    kernel = choose_prefill_kernel(capability, dtype, head_dim, page_size, page_size is not None)
+    config = replace(_tiles(capability, dtype, padded_head_dim(head_dim)), tma=kernel == "triton_tma")
+    if page_size is not None and page_size < config.block_n and capability >= (9, 0):
+        return replace(config, block_n=min(config.block_n, 64))
     return config
 
 
@@ -72,11 +72,11 @@ def _tiles(capability: tuple[int, int], dtype: torch.dtype, block_d: int) -> Pre
     if capability == (0, 0):
         return config(32, 32, 4, 1)
     if dtype == torch.float32:
-        return config(64 if block_d <= 64 else 32, 32 if block_d <= 64 else 16, 4, 2 if block_d <= 128 else 1)
-    if capability in _SMALL_SHARED_MEMORY:
-        return config(128, 64, 8, 2) if block_d <= 128 else config(64, 32, 4, 2)
-    if capability < (9, 0):
-        return config(128, 64, 8, 3) if block_d <= 128 else config(64, 32, 4, 2)
-    if block_d <= 128:
-        return config(128, 128, 8, 3)
-    return config(128, 64, 8, 2)
+        if block_d <= 64:
+            return config(64, 32, 4, 1)
+        return config(32, 32, 4, 1) if block_d <= 128 else config(32, 16, 8, 1)
+    if capability < (9, 0) or capability in _SMALL_SHARED_MEMORY:
+        return config(128, 32, 8, 3) if block_d <= 128 else config(64, 32, 8, 2)
+    if block_d > 128:
+        return config(128, 32, 8, 3)
+    return config(128, 128, 8, 3) if capability < (10, 0) else config(128, 64, 8, 3)

@@ -75,6 +75,40 @@ def _load_tile(
 
 
 @triton.jit
+def _scores(
+    q, ptr, desc, table_ptr, outer, first, n, end, stride_outer, stride_row,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    TMA: tl.constexpr, MASKED: tl.constexpr, IEEE: tl.constexpr,
+):  # fmt: skip
+    """Q K^T with keys [n, n + BLOCK_N); `q` is the tile of queries, or the pointers of its rows if IEEE.
+
+    Operands of IEEE products lie in registers whole, so that they must be short: both are loaded 16 columns at a time.
+    """
+    if IEEE:
+        s_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for d in tl.range(0, D, 16, num_stages=1):
+            q_MC = tl.load(q[:, None] + (d + tl.arange(0, 16))[None, :])
+            k_NC = _load_tile(
+                ptr + d, desc, table_ptr, outer, first, n, end, stride_outer, stride_row,
+                16, 16, BLOCK_N, PAGE_SIZE, False, MASKED,
+            )  # fmt: skip
+            s_MN = tl.dot(q_MC, k_NC.T, s_MN, input_precision="ieee")
+        return s_MN
+    else:
+        k_ND = _load_tile(
+            ptr, desc, table_ptr, outer, first, n, end, stride_outer, stride_row,
+            D, BLOCK_D, BLOCK_N, PAGE_SIZE, TMA, MASKED,
+        )  # fmt: skip
+        return tl.dot(q, k_ND.T)
+
+
+@triton.jit
+def _add_product(acc_MD, bits_MN, v_ND, IEEE: tl.constexpr):
+    """acc + P V, P as `_to_bits` left it."""
+    return tl.dot(bits_MN.to(v_ND.dtype, bitcast=True), v_ND, acc_MD, input_precision="ieee" if IEEE else "tf32")
+
+
+@triton.jit
 def _softmax_step(s_MN, l_M, m_M, qk_scale):
     """Weights of one tile of scores, the factor of everything before it, and the new running sum and maximum."""
     new_m_M = tl.maximum(m_M, tl.max(s_MN, 1) * qk_scale)
@@ -106,11 +140,11 @@ def _mask_scores(s_MN, before, m0, n, end, GROUP: tl.constexpr, BLOCK_N: tl.cons
 
 @triton.jit
 def _attend_range(
-    acc_MD, l_M, m_M, q_MD, before, m0, qk_scale,
+    acc_MD, l_M, m_M, q, before, m0, qk_scale,
     k_ptr, v_ptr, k_desc, v_desc, table_ptr, outer, first, begin, full_end, end,
     stride_k_outer, stride_k_row, stride_v_outer, stride_v_row,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    TMA: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, TMA: tl.constexpr, CAUSAL: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
     """Adds keys [begin, end) to the running softmax; tiles up to `full_end` are visible to all rows of the tile.
 
@@ -118,17 +152,16 @@ def _attend_range(
     empty range (`end` 0) costs a tile and changes nothing that counts: the first visible key wipes out what hidden
     ones left.
     """
-    dtype: tl.constexpr = q_MD.dtype
+    dtype: tl.constexpr = k_ptr.dtype.element_ty
     page_v = _page_of(table_ptr, begin, end, outer, BLOCK_N, PAGE_SIZE)
     page_k = _page_of(table_ptr, begin + BLOCK_N, end, outer, BLOCK_N, PAGE_SIZE)
-    s_MN = tl.zeros([q_MD.shape[0], BLOCK_N], tl.float32)
+    s_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     # In a region of its own, the tile's buffer is free again when the loops begin.
     if end > 0:
-        k_ND = _load_tile(
-            k_ptr, k_desc, table_ptr, page_v, first, begin, end, stride_k_outer, stride_k_row,
-            D, BLOCK_D, BLOCK_N, PAGE_SIZE, TMA, True,
+        s_MN = _scores(
+            q, k_ptr, k_desc, table_ptr, page_v, first, begin, end, stride_k_outer, stride_k_row,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, PAGE_SIZE, TMA, True, IEEE,
         )  # fmt: skip
-        s_MN = tl.dot(q_MD, k_ND.T, input_precision=PRECISION)
     s_MN = _mask_scores(s_MN, before, m0, begin, end, GROUP, BLOCK_N, CAUSAL)
     p_MN, alpha_M, l_M, m_M = _softmax_step(s_MN, l_M, m_M, qk_scale)
     bits_MN = _to_bits(p_MN, dtype)
@@ -140,13 +173,11 @@ def _attend_range(
             v_ptr, v_desc, table_ptr, page_v, first, n - BLOCK_N, end, stride_v_outer, stride_v_row,
             D, BLOCK_D, BLOCK_N, PAGE_SIZE, TMA, False,
         )  # fmt: skip
-        k_ND = _load_tile(
-            k_ptr, k_desc, table_ptr, page_k, first, n, end, stride_k_outer, stride_k_row,
-            D, BLOCK_D, BLOCK_N, PAGE_SIZE, TMA, False,
+        s_MN = _scores(
+            q, k_ptr, k_desc, table_ptr, page_k, first, n, end, stride_k_outer, stride_k_row,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, PAGE_SIZE, TMA, False, IEEE,
         )  # fmt: skip
-        s_MN = tl.dot(q_MD, k_ND.T, input_precision=PRECISION)
-        acc_MD = acc_MD * alpha_M[:, None]
-        acc_MD = tl.dot(bits_MN.to(dtype, bitcast=True), v_ND, acc_MD, input_precision=PRECISION)
+        acc_MD = _add_product(acc_MD * alpha_M[:, None], bits_MN, v_ND, IEEE)
         p_MN, alpha_M, l_M, m_M = _softmax_step(s_MN, l_M, m_M, qk_scale)
         bits_MN = _to_bits(p_MN, dtype)
         if PAGE_SIZE > 0 and PAGE_SIZE % BLOCK_N == 0:
@@ -158,13 +189,11 @@ def _attend_range(
             v_ptr, v_desc, table_ptr, page_v, first, n - BLOCK_N, end, stride_v_outer, stride_v_row,
             D, BLOCK_D, BLOCK_N, PAGE_SIZE, TMA, False,
         )  # fmt: skip
-        k_ND = _load_tile(
-            k_ptr, k_desc, table_ptr, page_k, first, n, end, stride_k_outer, stride_k_row,
-            D, BLOCK_D, BLOCK_N, PAGE_SIZE, TMA, True,
+        s_MN = _scores(
+            q, k_ptr, k_desc, table_ptr, page_k, first, n, end, stride_k_outer, stride_k_row,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, PAGE_SIZE, TMA, True, IEEE,
         )  # fmt: skip
-        s_MN = tl.dot(q_MD, k_ND.T, input_precision=PRECISION)
-        acc_MD = acc_MD * alpha_M[:, None]
-        acc_MD = tl.dot(bits_MN.to(dtype, bitcast=True), v_ND, acc_MD, input_precision=PRECISION)
+        acc_MD = _add_product(acc_MD * alpha_M[:, None], bits_MN, v_ND, IEEE)
         s_MN = _mask_scores(s_MN, before, m0, n, end, GROUP, BLOCK_N, CAUSAL)
         p_MN, alpha_M, l_M, m_M = _softmax_step(s_MN, l_M, m_M, qk_scale)
         bits_MN = _to_bits(p_MN, dtype)
@@ -176,9 +205,7 @@ def _attend_range(
         v_ptr, v_desc, table_ptr, page_v, first, last, end, stride_v_outer, stride_v_row,
         D, BLOCK_D, BLOCK_N, PAGE_SIZE, False, True,
     )  # fmt: skip
-    acc_MD = acc_MD * alpha_M[:, None]
-    acc_MD = tl.dot(bits_MN.to(dtype, bitcast=True), v_ND, acc_MD, input_precision=PRECISION)
-    return acc_MD, l_M, m_M
+    return _add_product(acc_MD * alpha_M[:, None], bits_MN, v_ND, IEEE), l_M, m_M
 
 
 @triton.jit
@@ -190,7 +217,7 @@ def prefill_kernel(
     stride_k_page, stride_v_page, stride_begin, stride_lens, num_segments, log_splits, qk_scale,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    HAS_LSE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_LSE: tl.constexpr, TMA: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
     """Grid (K * query tiles, B << log_splits): longest tiles first, KV heads side by side.
 
@@ -207,13 +234,14 @@ def prefill_kernel(
     if m0 >= q_len * GROUP:
         return
     offs_d = tl.arange(0, BLOCK_D)
-    rows_M = m0 + tl.arange(0, BLOCK_M)
-    mask_MD = (rows_M < q_len * GROUP)[:, None]
-    if BLOCK_D != D:
-        mask_MD = mask_MD & (offs_d < D)[None, :]
+    rows_M = tl.minimum(m0 + tl.arange(0, BLOCK_M), q_len * GROUP - 1)
     offset_M = (first_q + rows_M // GROUP).to(tl.int64) * stride_q_row
-    offset_M += (kv_head * GROUP + rows_M % GROUP) * stride_q_head
-    q_MD = tl.load(q_ptr + offset_M[:, None] + offs_d[None, :], mask=mask_MD, other=0.0)
+    q = q_ptr + offset_M + (kv_head * GROUP + rows_M % GROUP) * stride_q_head
+    if not IEEE:
+        if BLOCK_D == D:
+            q = tl.load(q[:, None] + offs_d[None, :])
+        else:
+            q = tl.load(q[:, None] + offs_d[None, :], mask=(offs_d < D)[None, :], other=0.0)
     acc_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     l_M = tl.zeros([BLOCK_M], tl.float32)
     m_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -235,10 +263,10 @@ def prefill_kernel(
             end = tl.where(begin < end, end, 0)
             begin = tl.minimum(begin, end)
             acc_MD, l_M, m_M = _attend_range(
-                acc_MD, l_M, m_M, q_MD, 0, m0, qk_scale,
+                acc_MD, l_M, m_M, q, 0, m0, qk_scale,
                 k_pages_ptr, v_pages_ptr, k_pages_desc, v_pages_desc, table_ptr, 0, 0,
                 begin, end // BLOCK_N * BLOCK_N, end, stride_k_page, D, stride_v_page, D,
-                GROUP, D, BLOCK_D, BLOCK_N, PAGE_SIZE, TMA, False, PRECISION,
+                GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N, PAGE_SIZE, TMA, False, IEEE,
             )  # fmt: skip
     # Read only now, so that few addresses stay in registers while the loops run.
     first_k = tl.load(cu_k_ptr + sequence, volatile=True)
@@ -250,10 +278,10 @@ def prefill_kernel(
         full_end = (before + m0 // GROUP + 1) // BLOCK_N * BLOCK_N
         end = tl.minimum(before + (m0 + BLOCK_M - 1) // GROUP + 1, k_len)
         acc_MD, l_M, m_M = _attend_range(
-            acc_MD, l_M, m_M, q_MD, before, m0, qk_scale,
+            acc_MD, l_M, m_M, q, before, m0, qk_scale,
             k_ptr, v_ptr, k_desc, v_desc, page_table_ptr, kv_head, first_k,
             0, full_end, end, stride_k_head, stride_k_row, stride_v_head, stride_v_row,
-            GROUP, D, BLOCK_D, BLOCK_N, 0, TMA, True, PRECISION,
+            GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N, 0, TMA, True, IEEE,
         )  # fmt: skip
 
     l_M = tl.where(l_M == 0, 1.0, l_M)

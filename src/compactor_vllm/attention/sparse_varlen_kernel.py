@@ -171,7 +171,7 @@ def _launch(
         stride_lse_row=H, stride_lse_split=0 if lse_STH is None else lse_STH.stride(0),
         log_splits=out_STHD.shape[0].bit_length() - 1, qk_scale=scale * _LOG2_E,
         NUM_KV_HEADS=K, GROUP=H // K, D=D, BLOCK_D=block[2], BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        PAGE_SIZE=page_size, HAS_LSE=lse_STH is not None, TMA=tma, PRECISION=_precision(q_THD.dtype),
+        PAGE_SIZE=page_size, HAS_LSE=lse_STH is not None, TMA=tma, IEEE=q_THD.dtype == torch.float32,
         num_warps=config.num_warps, num_stages=config.num_stages,
         **_prefix_arguments(prefix), **descriptors,
     )  # fmt: skip
@@ -203,10 +203,6 @@ def _bulk_copyable(rows: Tensor) -> bool:
     return rows.data_ptr() % 16 == 0 and all(s * rows.element_size() % 16 == 0 for s in rows.stride()[:-1])
 
 
-def _precision(dtype: torch.dtype) -> str:
-    return "ieee" if dtype == torch.float32 else "tf32"
-
-
 def aot_signatures(capability: tuple[int, int]) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int, str]]:
     """Configurations for ahead-of-time compilation: (kernel, signature, constexprs, warps, stages, label)."""
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
@@ -228,7 +224,7 @@ def _aot(
     block_d = padded_head_dim(head_dim)
     constants: dict[str, Any] = dict(
         NUM_KV_HEADS=8, GROUP=4, D=head_dim, BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        PAGE_SIZE=page_size or 0, HAS_LSE=False, TMA=config.tma, PRECISION=_precision(dtype), lse_ptr=None,
+        PAGE_SIZE=page_size or 0, HAS_LSE=False, TMA=config.tma, IEEE=dtype == torch.float32, lse_ptr=None,
     )  # fmt: skip
     if page_size is None:
         constants |= dict.fromkeys(_PREFIX_POINTERS)

@@ -64,6 +64,8 @@ def read_lines(interactive: bool) -> Iterator[str]:
         try:
             line = input("> " if interactive else "")
         except (EOFError, KeyboardInterrupt):
+            if interactive:
+                print()  # the shell's prompt begins on a line of its own
             return
         yield line.strip()
 

@@ -6,11 +6,20 @@ tokens. Blocks are numbered through the batch; the host launches as many as ther
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import torch
 import triton
 import triton.language as tl
 
 WHOLE = 1 << 30
 """A unit that no sequence exceeds; also a block that no unit exceeds, so that blocks are the units themselves."""
+
+
+@lru_cache
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a device; (0, 0) for the interpreter on a CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 def max_blocks(num_tokens: int, num_seqs: int, block: int, unit: int = WHOLE) -> int:

@@ -5,7 +5,7 @@ chunk's centred sketch is factored as L D Lᵀ inside one program; with W = D^-1
 of squares that rounding cannot make negative, taken with the one projection Φ Wᵀ. Directions that rounding leaves no
 trace of (pivots below 1e-6 of their diagonal) count as absent.
 
-A chunk of up to `_FUSED_CHUNK` tokens is one program: its keys are read from memory once, then from the L2 cache.
+A chunk of up to `fused_chunk` tokens is one program: its keys are read from memory once, then from the L2 cache.
 Longer ones take three launches: moments of blocks, their merge and factor, leverage.
 
 Shape suffixes: T tokens, B sequences, K KV heads, D head dimension, S sketch columns (padded with zeros).
@@ -14,6 +14,7 @@ Shape suffixes: T tokens, B sequences, K KV heads, D head dimension, S sketch co
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,15 +22,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compactor_vllm.compression.kernel_blocks import WHOLE, block_tokens, blocks_before, locate_block, max_blocks
+from compactor_vllm.compression.kernel_blocks import (
+    WHOLE,
+    block_tokens,
+    blocks_before,
+    capability_of,
+    locate_block,
+    max_blocks,
+)
 from compactor_vllm.compression.leverage_math import chunk_moments, store_leverage, whitening
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_tensor
 
 MAX_COLUMNS = 127
-_FUSED_CHUNK = 1024
 _BLOCK = 512  # tokens of a program of the long path
-_ROWS = 64  # tokens of a step; half of it for wide heads and for float32
 _KEY_TERMS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 
@@ -65,20 +71,22 @@ def leverage_scores(k_TKD: Tensor, phi_DS: Tensor, cu_seqlens_B1: Tensor, *, chu
     term_dtype = torch.bfloat16 if k_TKD.is_cuda else torch.float16
     phi = _sketch_terms(phi_DS, term_dtype)
     unit = WHOLE if chunk is None else min(chunk, WHOLE)
-    padded = phi.shape[2]
+    config = default_leverage_config(capability_of(k_TKD.device), k_TKD.dtype, dim)
+    padded = phi.shape[1]
     constants = {
         "NUM_KV_HEADS": num_kv_heads,
         "DIM": dim,
-        "DIM_PADDED": phi.shape[1],
+        "DIM_PADDED": phi.shape[2],
         "COLUMNS": columns,
         "PADDED": padded,
         "KEY_TERMS": _KEY_TERMS[k_TKD.dtype],
         "PHI_TERMS": phi.shape[0],
-        **_tile(dim, k_TKD.dtype),
+        "PROJECT": config.project,
+        "ROWS": config.rows,
     }
-    options = {"num_warps": 4 if padded <= 64 else 8, "num_stages": 2 if _is_small(dim, k_TKD.dtype) else 1}
+    options = {"num_warps": 4 if padded <= 64 else 8, "num_stages": config.num_stages}
     units = max_blocks(num_tokens, num_seqs, WHOLE, unit)
-    if min(unit, num_tokens) <= _FUSED_CHUNK and _is_small(dim, k_TKD.dtype):
+    if min(unit, num_tokens) <= config.fused_chunk:
         _leverage_kernel[(units, num_kv_heads)](
             k_TKD, phi, cu_seqlens_B1, out_TK, num_seqs, unit, float(ridge), **constants, **options
         )
@@ -98,21 +106,37 @@ def leverage_scores(k_TKD: Tensor, phi_DS: Tensor, cu_seqlens_B1: Tensor, *, chu
     return out_TK
 
 
-def _is_small(dim: int, dtype: torch.dtype) -> bool:
-    """Whether tiles of such keys are small enough for the fused kernel and for loads ahead of use."""
-    return dim <= 128 and dtype.itemsize == 2
+@dataclass(frozen=True, kw_only=True)
+class LeverageConfig:
+    """Choices that leave results as they are.
+
+    Attributes:
+        rows: tokens of a step.
+        project: whether leverage is taken with the one projection Φ Wᵀ, fewer products but more registers.
+        fused_chunk: longest chunk that one program works on alone; 0: none.
+        num_stages: steps that loads run ahead.
+    """
+
+    rows: int
+    project: bool
+    fused_chunk: int
+    num_stages: int
 
 
-def _tile(dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tokens of a step, and terms of Φ Wᵀ: two of them (relative error 2^-16) where three exceed shared memory."""
-    return {"ROWS": _ROWS if _is_small(dim, dtype) else _ROWS // 2, "PROJECTION_TERMS": 3 if dim <= 128 else 2}
+def default_leverage_config(capability: tuple[int, int], dtype: torch.dtype, dim: int) -> LeverageConfig:
+    """The configuration for a card ((0, 0) is the interpreter), keys' type and head dimension."""
+    small = dim <= 128 and dtype.itemsize == 2
+    if capability[0] in (9, 10) and small:
+        # Triton 3.7 cannot compile the fused kernel for capability 10.
+        return LeverageConfig(rows=64, project=True, fused_chunk=1024 if capability[0] == 9 else 0, num_stages=2)
+    return LeverageConfig(rows=32, project=False, fused_chunk=1024 if capability[0] == 0 else 0, num_stages=1)
 
 
 _SKETCH_TERMS: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
 
 def _sketch_terms(phi_DS: Tensor, dtype: torch.dtype) -> Tensor:
-    """Φ as a sum of terms of `dtype`: [terms, D padded, S padded], zeros in the padding (at least one column).
+    """Φᵀ as a sum of terms of `dtype`: [terms, S padded, D padded], zeros in the padding (at least one column).
 
     One term if that is exact, else three. Worked out once for a tensor: looking at its values waits for the device.
     """
@@ -120,13 +144,13 @@ def _sketch_terms(phi_DS: Tensor, dtype: torch.dtype) -> Tensor:
     if known is not None and known[0] is phi_DS:
         return known[1]
     dim, columns = phi_DS.shape
-    padded = (max(16, triton.next_power_of_2(dim)), max(16, triton.next_power_of_2(columns + 1)))
+    padded = (max(16, triton.next_power_of_2(columns + 1)), max(16, triton.next_power_of_2(dim)))
     exact = bool((phi_DS == phi_DS.to(dtype).float()).all())
     terms = torch.zeros(1 if exact else 3, *padded, dtype=dtype, device=phi_DS.device)
-    rest = phi_DS.clone()
+    rest = phi_DS.t().clone()
     for term in terms:
-        term[:dim, :columns] = rest.to(dtype)
-        rest -= term[:dim, :columns].float()
+        term[:columns, :dim] = rest.to(dtype)
+        rest -= term[:columns, :dim].float()
     if len(_SKETCH_TERMS) >= 16:
         _SKETCH_TERMS.clear()
     _SKETCH_TERMS[id(phi_DS), dtype] = (phi_DS, terms)
@@ -137,7 +161,7 @@ def _sketch_terms(phi_DS: Tensor, dtype: torch.dtype) -> Tensor:
 def _leverage_kernel(
     k_ptr, phi_ptr, cu_seqlens_ptr, out_ptr, num_seqs, unit, ridge,
     NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, COLUMNS: tl.constexpr,
-    PADDED: tl.constexpr, KEY_TERMS: tl.constexpr, PHI_TERMS: tl.constexpr, PROJECTION_TERMS: tl.constexpr,
+    PADDED: tl.constexpr, KEY_TERMS: tl.constexpr, PHI_TERMS: tl.constexpr, PROJECT: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """One program a (chunk, head)."""
@@ -154,7 +178,7 @@ def _leverage_kernel(
         whitener = whitening(gram, ridge, COLUMNS, PADDED)
         store_leverage(
             k_ptr, phi_ptr, out_ptr, begin, end, head, mean, whitener,
-            NUM_KV_HEADS, DIM, DIM_PADDED, PADDED, KEY_TERMS, PHI_TERMS, PROJECTION_TERMS, ROWS,
+            NUM_KV_HEADS, DIM, DIM_PADDED, PADDED, KEY_TERMS, PHI_TERMS, PROJECT, ROWS,
         )  # fmt: skip
 
 
@@ -170,7 +194,7 @@ def _matrix_pointers(base_ptr, index, head, NUM_KV_HEADS: tl.constexpr, PADDED: 
 def _moments_kernel(
     k_ptr, phi_ptr, cu_seqlens_ptr, parts_ptr, num_seqs, unit,
     NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, COLUMNS: tl.constexpr,
-    PADDED: tl.constexpr, KEY_TERMS: tl.constexpr, PHI_TERMS: tl.constexpr, PROJECTION_TERMS: tl.constexpr,
+    PADDED: tl.constexpr, KEY_TERMS: tl.constexpr, PHI_TERMS: tl.constexpr, PROJECT: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Mean and centred Gram matrix of the sketch of one block of tokens."""
@@ -225,7 +249,7 @@ def _factor_kernel(
 def _apply_kernel(
     k_ptr, phi_ptr, cu_seqlens_ptr, factors_ptr, out_ptr, num_seqs, unit,
     NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, COLUMNS: tl.constexpr,
-    PADDED: tl.constexpr, KEY_TERMS: tl.constexpr, PHI_TERMS: tl.constexpr, PROJECTION_TERMS: tl.constexpr,
+    PADDED: tl.constexpr, KEY_TERMS: tl.constexpr, PHI_TERMS: tl.constexpr, PROJECT: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Leverage of one block of tokens."""
@@ -241,25 +265,27 @@ def _apply_kernel(
         matrix, vector = _matrix_pointers(factors_ptr, factor, head, NUM_KV_HEADS, PADDED)
         store_leverage(
             k_ptr, phi_ptr, out_ptr, begin, end, head, tl.load(vector), tl.load(matrix),
-            NUM_KV_HEADS, DIM, DIM_PADDED, PADDED, KEY_TERMS, PHI_TERMS, PROJECTION_TERMS, ROWS,
+            NUM_KV_HEADS, DIM, DIM_PADDED, PADDED, KEY_TERMS, PHI_TERMS, PROJECT, ROWS,
         )  # fmt: skip
 
 
-def aot_signatures() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int, str]]:
+def aot_signatures(
+    capability: tuple[int, int] = (9, 0),
+) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int, str]]:
     """Configurations for ahead-of-time compilation: (kernel, signature, constexprs, warps, stages, label)."""
     special = {"cu_seqlens_ptr": "*i32", "num_seqs": "i32", "unit": "i32", "ridge": "fp32"}
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    for name, dim, terms in (("bf16", 128, 1), ("bf16", 128, 3), ("fp16", 128, 1), ("bf16", 64, 1), ("bf16", 256, 1),
-                             ("fp32", 128, 1)):  # fmt: skip
-        pointers = {"k_ptr": f"*{name}", "phi_ptr": "*bf16", "out_ptr": "*fp32"}
+    for dtype, dim, terms in (("bf16", 128, 1), ("bf16", 128, 3), ("fp16", 128, 1), ("bf16", 64, 1), ("bf16", 256, 1),
+                              ("fp32", 128, 1)):  # fmt: skip
+        pointers = {"k_ptr": f"*{dtype}", "phi_ptr": "*bf16", "out_ptr": "*fp32"}
+        config = default_leverage_config(capability, dtypes[dtype], dim)
         shape = {"NUM_KV_HEADS": 8, "DIM": dim, "DIM_PADDED": dim, "COLUMNS": 48, "PADDED": 64, "BLOCK": _BLOCK}
-        shape |= {"KEY_TERMS": _KEY_TERMS[dtypes[name]], "PHI_TERMS": terms, **_tile(dim, dtypes[name])}
-        small = _is_small(dim, dtypes[name])
-        for kernel in (_leverage_kernel, _moments_kernel, _factor_kernel, _apply_kernel):
-            if kernel is _leverage_kernel and not small:
-                continue
+        shape |= {"KEY_TERMS": _KEY_TERMS[dtypes[dtype]], "PHI_TERMS": terms}
+        shape |= {"PROJECT": config.project, "ROWS": config.rows}
+        kernels = (_leverage_kernel,) if config.fused_chunk else ()
+        for kernel in (*kernels, _moments_kernel, _factor_kernel, _apply_kernel):
             constants = {name: value for name, value in shape.items() if name in kernel.arg_names}
             names = [name for name in kernel.arg_names if name not in constants]
             signature = {name: pointers.get(name) or special.get(name) or "*fp32" for name in names}
-            label = f"leverage {kernel.__name__} {name} D{dim} sketch of {terms}"
-            yield kernel, signature, constants, 4, 2 if small else 1, label
+            label = f"leverage {kernel.__name__} {dtype} D{dim} sketch of {terms}"
+            yield kernel, signature, constants, 4, config.num_stages, label

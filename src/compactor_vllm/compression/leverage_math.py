@@ -1,7 +1,8 @@
 """Device functions of the leverage kernels: exact products of terms, Gram matrices and their factors.
 
 A float32 is the sum of three bfloat16 terms (`TERM`), a bfloat16 key is one; products of terms are exact in float32, so
-sums of products of terms are as exact as float32 products, at the speed of tensor cores.
+sums of products of terms are as exact as float32 products, at the speed of tensor cores. Sketches are held transposed,
+[PADDED columns, ROWS tokens]: what stays (Φ, W) is the left operand, in registers; keys stream through the right one.
 """
 
 from __future__ import annotations
@@ -11,40 +12,39 @@ import triton.language as tl
 
 
 @triton.jit
-def _dot_terms(terms, b, acc, FIRST: tl.constexpr, LAST: tl.constexpr):
-    """acc + terms @ b, b being cut into LAST - FIRST terms."""
-    for j in tl.static_range(FIRST, LAST):
-        term = b.to(terms.dtype)
-        acc = tl.dot(terms, term, acc)
-        if j + 1 < LAST:
-            b -= term.to(tl.float32)
-    return acc
+def _split(x, TERM: tl.constexpr):
+    """Three terms whose sum is x to 2^-24."""
+    high = x.to(TERM)
+    x -= high.to(tl.float32)
+    middle = x.to(TERM)
+    return high, middle, (x - middle.to(tl.float32)).to(TERM)
 
 
 @triton.jit
-def _dot_keys(k, b, acc, KEY_TERMS: tl.constexpr, B_TERMS: tl.constexpr, TERM: tl.constexpr):
-    """acc + k @ b in float32, both cut into terms; products below 2^-24 of the largest are left out."""
+def _dot_split(a, b, acc, TERM: tl.constexpr):
+    """acc + a @ b for float32 operands; products below 2^-24 of the largest are left out."""
+    a_high, a_middle, a_low = _split(a, TERM)
+    b_high, b_middle, b_low = _split(b, TERM)
+    acc = tl.dot(a_low, b_high, acc)
+    acc = tl.dot(a_middle, b_middle, acc)
+    acc = tl.dot(a_high, b_low, acc)
+    acc = tl.dot(a_middle, b_high, acc)
+    acc = tl.dot(a_high, b_middle, acc)
+    return tl.dot(a_high, b_high, acc)
+
+
+@triton.jit
+def _dot_keys(a, k, acc, KEY_TERMS: tl.constexpr, TERM: tl.constexpr):
+    """acc + a @ kᵀ for a float32 `a` and keys that have KEY_TERMS terms."""
     rest = k if KEY_TERMS == 1 else k.to(tl.float32)
     for i in tl.static_range(KEY_TERMS):
         term = rest.to(TERM)
-        acc = _dot_terms(term, b, acc, i, B_TERMS)
-        if i + 1 < KEY_TERMS:
-            rest -= term.to(tl.float32)
-    return acc
-
-
-@triton.jit
-def _sketch(
-    k, phi_ptr, DIM_PADDED: tl.constexpr, PADDED: tl.constexpr, KEY_TERMS: tl.constexpr, PHI_TERMS: tl.constexpr
-):
-    """k Φ in float32, exact to its last bits."""
-    acc = tl.zeros((k.shape[0], PADDED), tl.float32)
-    rest = k if KEY_TERMS == 1 else k.to(tl.float32)
-    for i in tl.static_range(KEY_TERMS):
-        term = rest.to(phi_ptr.dtype.element_ty)
-        for j in tl.static_range(PHI_TERMS):
-            if i + j < 3:
-                acc = tl.dot(term, _load_sketch(phi_ptr, j, DIM_PADDED, PADDED), acc)
+        left = a
+        for j in tl.static_range(3 - i):
+            left_term = left.to(TERM)
+            acc = tl.dot(left_term, tl.trans(term), acc)
+            if i + j < 2:
+                left -= left_term.to(tl.float32)
         if i + 1 < KEY_TERMS:
             rest -= term.to(tl.float32)
     return acc
@@ -52,8 +52,9 @@ def _sketch(
 
 @triton.jit
 def _load_sketch(phi_ptr, term, DIM_PADDED: tl.constexpr, PADDED: tl.constexpr):
-    row = term * DIM_PADDED + tl.arange(0, DIM_PADDED)
-    return tl.load(phi_ptr + row[:, None] * PADDED + tl.arange(0, PADDED)[None, :])
+    """A term of Φᵀ: [PADDED, DIM_PADDED]."""
+    row = term * PADDED + tl.arange(0, PADDED)
+    return tl.load(phi_ptr + row[:, None] * DIM_PADDED + tl.arange(0, DIM_PADDED)[None, :])
 
 
 @triton.jit
@@ -69,6 +70,23 @@ def _load_keys(
 
 
 @triton.jit
+def _sketch(
+    k, phi_ptr, DIM_PADDED: tl.constexpr, PADDED: tl.constexpr, KEY_TERMS: tl.constexpr, PHI_TERMS: tl.constexpr
+):
+    """(k Φ)ᵀ [PADDED, ROWS] in float32."""
+    acc = tl.zeros((PADDED, k.shape[0]), tl.float32)
+    rest = k if KEY_TERMS == 1 else k.to(tl.float32)
+    for i in tl.static_range(KEY_TERMS):
+        term = rest.to(phi_ptr.dtype.element_ty)
+        for j in tl.static_range(PHI_TERMS):
+            if i + j < 3:
+                acc = tl.dot(_load_sketch(phi_ptr, j, DIM_PADDED, PADDED), tl.trans(term), acc)
+        if i + 1 < KEY_TERMS:
+            rest -= term.to(tl.float32)
+    return acc
+
+
+@triton.jit
 def _first_mean(
     k_ptr, phi_ptr, begin, end, head,
     NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PADDED: tl.constexpr,
@@ -79,7 +97,7 @@ def _first_mean(
     mean = tl.sum(k, 0) / tl.maximum(tl.minimum(end - begin, ROWS), 1).to(tl.float32)
     sketch = tl.zeros((PADDED,), tl.float32)
     for i in tl.static_range(PHI_TERMS):
-        sketch += tl.sum(mean[:, None] * _load_sketch(phi_ptr, i, DIM_PADDED, PADDED).to(tl.float32), 0)
+        sketch += tl.sum(mean[None, :] * _load_sketch(phi_ptr, i, DIM_PADDED, PADDED).to(tl.float32), 1)
     return sketch
 
 
@@ -92,8 +110,8 @@ def chunk_moments(
     """Mean [PADDED] and centred Gram matrix [PADDED, PADDED] of the sketch of tokens [begin, end).
 
     One pass: deviations are taken from the mean of the first rows, which the exact mean corrects in the end; column
-    COLUMNS is one, so that the same products add up the sums. Deviations are sums high + middle + low of terms, and
-    G is a matrix, of which half is added up, plus its transpose.
+    COLUMNS is one, so that the same products add up the sums. G is a matrix, of which half is added up, plus its
+    transpose.
     """
     TERM: tl.constexpr = phi_ptr.dtype.element_ty
     column = tl.arange(0, PADDED)
@@ -102,20 +120,17 @@ def chunk_moments(
     for start in range(begin, end, ROWS):
         k = _load_keys(k_ptr, start, end, head, NUM_KV_HEADS, DIM, DIM_PADDED, ROWS)
         x = _sketch(k, phi_ptr, DIM_PADDED, PADDED, KEY_TERMS, PHI_TERMS)
-        x = tl.where((column == COLUMNS)[None, :], 1.0, x - shift[None, :])
-        x = tl.where((start + tl.arange(0, ROWS) < end)[:, None], x, 0.0)
-        high = x.to(TERM)
-        x -= high.to(tl.float32)
-        middle = x.to(TERM)
-        low = (x - middle.to(tl.float32)).to(TERM)
-        half = tl.dot(tl.trans(high), (high * 0.5).to(TERM), half)
-        half = tl.dot(tl.trans(high), middle, half)
-        half = tl.dot(tl.trans(high), low, half)
-        half = tl.dot(tl.trans(middle), (middle * 0.5).to(TERM), half)
+        x = tl.where((column == COLUMNS)[:, None], 1.0, x - shift[:, None])
+        x = tl.where((start + tl.arange(0, ROWS) < end)[None, :], x, 0.0)
+        high, middle, low = _split(x, TERM)
+        half = tl.dot((high * 0.5).to(TERM), tl.trans(high), half)
+        half = tl.dot((middle * 0.5).to(TERM), tl.trans(middle), half)
+        half = tl.dot(high, tl.trans(middle), half)
+        half = tl.dot(high, tl.trans(low), half)
     gram = half + tl.trans(half)
     real = column < COLUMNS
     count = tl.maximum(end - begin, 1).to(tl.float32)
-    sums = tl.sum(tl.where((column == COLUMNS)[:, None], gram, 0.0), 0)
+    sums = tl.sum(tl.where((column == COLUMNS)[None, :], gram, 0.0), 1)
     offset = tl.where(real, sums, 0.0) / count
     gram = tl.where(real[:, None] & real[None, :], gram - count * offset[:, None] * offset[None, :], 0.0)
     return shift + offset, gram
@@ -123,15 +138,15 @@ def chunk_moments(
 
 @triton.jit
 def whitening(gram, ridge, COLUMNS: tl.constexpr, PADDED: tl.constexpr):
-    """D^-1/2 L⁻¹ of gram + ridge = L D Lᵀ, as a [PADDED, PADDED] matrix (rows beyond COLUMNS are zero).
+    """W = D^-1/2 L⁻¹ of gram + ridge = L D Lᵀ, as a [PADDED, PADDED] matrix (rows beyond COLUMNS are zero).
 
-    Elimination in place: step j leaves row j of L⁻¹ left of the diagonal and the pivot on it.
+    Elimination in place: step j leaves row j of L⁻¹ left of the diagonal and the pivot on it. A pivot that is rounding
+    noise beside its diagonal ends its direction.
     """
     row = tl.arange(0, PADDED)
     on_diagonal = row[:, None] == row[None, :]
     diagonal = tl.sum(tl.where(on_diagonal, gram, 0.0), 0)
-    level = tl.sum(diagonal, 0) / COLUMNS
-    ridge += level * 1e-10 + 1e-20
+    ridge += tl.sum(diagonal, 0) / COLUMNS * 1e-10 + 1e-20
     a = gram + tl.where(on_diagonal, ridge, 0.0)
     smallest = (diagonal + ridge) * 1e-6
     for j in range(COLUMNS):
@@ -151,18 +166,28 @@ def whitening(gram, ridge, COLUMNS: tl.constexpr, PADDED: tl.constexpr):
 def store_leverage(
     k_ptr, phi_ptr, out_ptr, begin, end, head, mean, whitener,
     NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PADDED: tl.constexpr,
-    KEY_TERMS: tl.constexpr, PHI_TERMS: tl.constexpr, PROJECTION_TERMS: tl.constexpr, ROWS: tl.constexpr,
+    KEY_TERMS: tl.constexpr, PHI_TERMS: tl.constexpr, PROJECT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Leverage ‖W (k - μ) Φ‖² of tokens [begin, end), with the projection Φ Wᵀ and the offset W μ taken beforehand."""
+    """Leverage ‖W (Φᵀ k - μ)‖² of tokens [begin, end); with PROJECT as ‖(W Φᵀ) k - W μ‖², in fewer products."""
     TERM: tl.constexpr = phi_ptr.dtype.element_ty
-    projection = tl.zeros((DIM_PADDED, PADDED), tl.float32)
-    for i in tl.static_range(PHI_TERMS):
-        phi = _load_sketch(phi_ptr, i, DIM_PADDED, PADDED)
-        projection = _dot_terms(phi, tl.trans(whitener), projection, i, 3)
+    projection = tl.zeros((PADDED, DIM_PADDED), tl.float32)
+    if PROJECT:
+        high, middle, low = _split(whitener, TERM)
+        for i in tl.static_range(PHI_TERMS):
+            phi = _load_sketch(phi_ptr, i, DIM_PADDED, PADDED)
+            projection = tl.dot(high, phi, projection)
+            if i < 2:
+                projection = tl.dot(middle, phi, projection)
+            if i < 1:
+                projection = tl.dot(low, phi, projection)
     offset = tl.sum(whitener * mean[None, :], 1)
     for start in range(begin, end, ROWS):
         k = _load_keys(k_ptr, start, end, head, NUM_KV_HEADS, DIM, DIM_PADDED, ROWS)
-        z = _dot_keys(k, projection, tl.zeros((ROWS, PADDED), tl.float32), KEY_TERMS, PROJECTION_TERMS, TERM)
-        z -= offset[None, :]
+        z = tl.zeros((PADDED, ROWS), tl.float32)
+        if PROJECT:
+            z = _dot_keys(projection, k, z, KEY_TERMS, TERM) - offset[:, None]
+        else:
+            x = _sketch(k, phi_ptr, DIM_PADDED, PADDED, KEY_TERMS, PHI_TERMS) - mean[:, None]
+            z = _dot_split(whitener, x, z, TERM)
         token = start + tl.arange(0, ROWS)
-        tl.store(out_ptr + token.to(tl.int64) * NUM_KV_HEADS + head, tl.sum(z * z, 1), mask=token < end)
+        tl.store(out_ptr + token.to(tl.int64) * NUM_KV_HEADS + head, tl.sum(z * z, 0), mask=token < end)

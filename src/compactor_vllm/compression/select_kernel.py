@@ -233,9 +233,12 @@ def _histogram_kernel(
             digit = (key >> 10) & 2047
         else:
             digit = key & 1023
-        digit = tl.reshape(digit.to(tl.int32), (BLOCK * HEADS_PADDED,))
-        counts = tl.histogram(digit, _BINS, mask=tl.reshape(valid, (BLOCK * HEADS_PADDED,)))
-        target = histograms_ptr + (DIGIT * groups + group).to(tl.int64) * _BINS + tl.arange(0, _BINS)
+        # Other pairs are counted in bin 0 and taken out again: `tl.histogram(mask=...)` miscounts on GPUs (triton 3.6).
+        others = BLOCK * HEADS_PADDED - tl.sum(tl.sum(valid.to(tl.int32), 1), 0)
+        digit = tl.reshape(tl.where(valid, digit.to(tl.int32), 0), (BLOCK * HEADS_PADDED,))
+        bins = tl.arange(0, _BINS)
+        counts = tl.histogram(digit, _BINS) - tl.where(bins == 0, others, 0)
+        target = histograms_ptr + (DIGIT * groups + group).to(tl.int64) * _BINS + bins
         tl.atomic_add(target, counts, mask=counts > 0, sem="relaxed")
 
 
