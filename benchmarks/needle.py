@@ -2,8 +2,8 @@
 
 The context is compressed; the question follows it ("outside"), or belongs to the compressed part ("inside").
 
-usage: python benchmarks/needle.py [--tokens 2048] [--samples 20] [--seed 0] [--tasks niah_single_1 ...] [--ratios 0.5 0.25]
-       [--variants NAME ...] [--list] [--device auto] [--out FILE.json]
+usage: python benchmarks/needle.py [--tokens 2048] [--samples 20] [--seed 0] [--tasks niah_single_1 ...]
+       [--ratios 0.5 0.25] [--variants NAME ...] [--device auto] [--out FILE.json]
 """
 
 from __future__ import annotations
@@ -83,6 +83,19 @@ def accuracy(llm: LLM, samples: list[Any], variant: Variant, ratio: float) -> fl
     return string_match_all(answers, [sample.answers for sample in samples])
 
 
+def markdown(result: dict[str, Any]) -> str:
+    """The table of one task: a row per variant, a column per retention."""
+    ratios = sorted({row["ratio"] for row in result["rows"]}, reverse=True)
+    cells = {(row["variant"], row["ratio"]): f"{row['percent']:g} %" for row in result["rows"]}
+    lines = [
+        "| kept | " + " | ".join(f"{100 * ratio:g} %" for ratio in ratios) + " |",
+        "|---" * (len(ratios) + 1) + "|",
+    ]
+    for name in dict.fromkeys(row["variant"] for row in result["rows"]):
+        lines.append(f"| {name} | " + " | ".join(cells.get((name, ratio), "") for ratio in ratios) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-instruct")
@@ -96,7 +109,11 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--out")
+    parser.add_argument("--table", help="print the table of a result file and leave")
     options = parser.parse_args()
+    if options.table:
+        print(markdown(json.loads(Path(options.table).read_text())))
+        return
     names = list(VARIANTS) if options.variants == ["all"] else options.variants
     llm = LLM(
         LLMConfig(

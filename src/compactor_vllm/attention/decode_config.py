@@ -88,31 +88,32 @@ def default_decode_config(capability: tuple[int, int], dtype: torch.dtype, head_
         dtype: of the cache.
         head_dim: D.
     """
-    roomy = capability not in _SMALL_SHARED_MEMORY
-    padded = max(16, 1 << (head_dim - 1).bit_length())
-    block_n = max(16, min(64, (16384 if roomy else 8192) // (padded * dtype.itemsize)))
     if capability == (0, 0):
         small = TileConfig(block_m=16, block_n=32, num_warps=4, num_stages=1, programs_per_sm=2)
         return DecodeConfig(small=small, big=replace(small, block_m=32, unit=32), merge_by_group_from=0)
-    small = TileConfig(block_m=16, block_n=block_n, num_warps=4, num_stages=3, programs_per_sm=2)
+    roomy = capability not in _SMALL_SHARED_MEMORY
+    padded = max(16, 1 << (head_dim - 1).bit_length())
+    block_n = max(16, min(64, (16384 if roomy else 8192) // (padded * dtype.itemsize)))
+    # Two programs of sm_90's 227 KiB hold three tiles of K and V in flight, beside the one in use.
+    stages = 4 if roomy and capability >= (9, 0) else 3
+    small = TileConfig(block_m=16, block_n=block_n, num_warps=4, num_stages=stages, programs_per_sm=2)
     if dtype == torch.float32:
         # IEEE products run without tensor cores, their operands in registers.
         small = replace(small, block_n=16, num_stages=2, programs_per_sm=4)
         return DecodeConfig(small=small, big=replace(small, block_m=32, programs_per_sm=2, unit=64))
-    skewed = capability[0] == 9 and padded <= 128
-    big = TileConfig(
-        block_m=128 if padded <= 128 else 64,
-        block_n=block_n,
-        num_warps=8,
-        num_stages=3 if roomy else 2,
-        programs_per_sm=1,
-        unit=64 if skewed else 16,
-        overhead=1 if skewed else 4,
-        min_share=2 if skewed else 8,
-        skewed=skewed,
-        bulk_copy=skewed,
-    )
-    return DecodeConfig(small=small, big=big)
+    return DecodeConfig(small=small, big=_big_tiles(capability, padded, block_n, 3 if roomy else 2))
+
+
+def _big_tiles(capability: tuple[int, int], padded: int, block_n: int, num_stages: int) -> TileConfig:
+    """Tiles of shared segments in 2-byte types, as large as registers allow."""
+    big = TileConfig(block_m=64, block_n=block_n, num_warps=8, num_stages=num_stages, programs_per_sm=1)
+    if capability[0] == 10:
+        return big if padded <= 128 else replace(big, block_m=32, num_warps=4)
+    if padded > 128:
+        return big
+    if capability[0] != 9:
+        return replace(big, block_m=128)
+    return replace(big, block_m=128, unit=64, overhead=1, min_share=2, skewed=True, bulk_copy=True)
 
 
 @lru_cache(maxsize=64)

@@ -71,7 +71,7 @@ def leverage_scores(k_TKD: Tensor, phi_DS: Tensor, cu_seqlens_B1: Tensor, *, chu
     term_dtype = torch.bfloat16 if k_TKD.is_cuda else torch.float16
     phi = _sketch_terms(phi_DS, term_dtype)
     unit = WHOLE if chunk is None else min(chunk, WHOLE)
-    config = default_leverage_config(capability_of(k_TKD.device), k_TKD.dtype, dim)
+    config = default_leverage_config(capability_of(k_TKD.device), k_TKD.dtype, dim, phi.shape[0] == 1)
     padded = phi.shape[1]
     constants = {
         "NUM_KV_HEADS": num_kv_heads,
@@ -123,13 +123,19 @@ class LeverageConfig:
     num_stages: int
 
 
-def default_leverage_config(capability: tuple[int, int], dtype: torch.dtype, dim: int) -> LeverageConfig:
-    """The configuration for a card ((0, 0) is the interpreter), keys' type and head dimension."""
+def default_leverage_config(
+    capability: tuple[int, int], dtype: torch.dtype, dim: int, exact_sketch: bool
+) -> LeverageConfig:
+    """The configuration for a card ((0, 0) is the interpreter), keys' type, head dimension and kind of sketch."""
     small = dim <= 128 and dtype.itemsize == 2
-    if capability[0] in (9, 10) and small:
-        # Triton 3.7 cannot compile the fused kernel for capability 10.
-        return LeverageConfig(rows=64, project=True, fused_chunk=1024 if capability[0] == 9 else 0, num_stages=2)
-    return LeverageConfig(rows=32, project=False, fused_chunk=1024 if capability[0] == 0 else 0, num_stages=1)
+    warpgroups = capability[0] in (9, 10)
+    if warpgroups and small:
+        # Three terms of the sketch overflow the fused kernel's registers; Triton 3.7 cannot compile it for 10.0.
+        fused = capability[0] == 9 and exact_sketch
+        return LeverageConfig(rows=64, project=True, fused_chunk=1024 if fused else 0, num_stages=2)
+    rows = 16 if dtype == torch.float32 and not warpgroups else 32
+    fused_chunk = 1024 if capability == (0, 0) else 0
+    return LeverageConfig(rows=rows, project=False, fused_chunk=fused_chunk, num_stages=2 if small else 1)
 
 
 _SKETCH_TERMS: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
@@ -278,7 +284,7 @@ def aot_signatures(
     for dtype, dim, terms in (("bf16", 128, 1), ("bf16", 128, 3), ("fp16", 128, 1), ("bf16", 64, 1), ("bf16", 256, 1),
                               ("fp32", 128, 1)):  # fmt: skip
         pointers = {"k_ptr": f"*{dtype}", "phi_ptr": "*bf16", "out_ptr": "*fp32"}
-        config = default_leverage_config(capability, dtypes[dtype], dim)
+        config = default_leverage_config(capability, dtypes[dtype], dim, terms == 1)
         shape = {"NUM_KV_HEADS": 8, "DIM": dim, "DIM_PADDED": dim, "COLUMNS": 48, "PADDED": 64, "BLOCK": _BLOCK}
         shape |= {"KEY_TERMS": _KEY_TERMS[dtypes[dtype]], "PHI_TERMS": terms}
         shape |= {"PROJECT": config.project, "ROWS": config.rows}
