@@ -1,4 +1,4 @@
-"""Shared fixtures. Without a GPU, kernels run in Triton's interpreter, which must be chosen before they are imported."""
+"""Shared fixtures. Without a GPU kernels run in Triton's interpreter, to be chosen before they are imported."""
 
 from __future__ import annotations
 

@@ -13,13 +13,14 @@ from compactor_vllm.attention.hopper_schedule import TILE_ROWS, item_tiles, work
 from compactor_vllm.errors import InvalidInputError
 
 
-def covered(items: np.ndarray, num_tokens: int, num_heads: int) -> np.ndarray:
+def covered(items: np.ndarray, num_tokens: int, num_heads: int, num_kv_heads: int) -> np.ndarray:
     """How often each (row, head) is written, by walking the items as the kernel does."""
     count = np.zeros((num_tokens, num_heads), np.int64)
-    for row, _, row_end, owner in items:
+    group = num_heads // num_kv_heads
+    for row, _, row_end, _, kv_head, member in items:
         for r in range(row, row + TILE_ROWS):
             if r < row_end:
-                count[r, owner % num_heads] += 1
+                count[r, kv_head * group + member] += 1
     return count
 
 
@@ -33,9 +34,9 @@ def covered(items: np.ndarray, num_tokens: int, num_heads: int) -> np.ndarray:
 def test_every_row_of_every_head_once(seqlens: list[int], kv_heads: int, group: int, section_tokens: int) -> None:
     heads = kv_heads * group
     items = work_items(seqlens, heads, kv_heads, section_tokens=section_tokens)
-    assert (covered(items, sum(seqlens), heads) == 1).all()
+    assert (covered(items, sum(seqlens), heads, kv_heads) == 1).all()
     begins = np.concatenate([[0], np.cumsum(seqlens)])
-    sequence = items[:, 3] // heads
+    sequence = items[:, 3]
     assert (items[:, 0] - begins[sequence] == TILE_ROWS * items[:, 1]).all()
     assert (items[:, 2] <= begins[sequence + 1]).all()
     assert (items[:, 2] > items[:, 0]).all()
@@ -52,23 +53,25 @@ def test_query_ranges_cover_exactly_their_rows(data: st.DataObject, seqlens: lis
     wanted = np.zeros((sum(seqlens), 4), np.int64)
     for begin, (first, last) in zip(np.concatenate([[0], np.cumsum(seqlens)]), ranges, strict=False):
         wanted[begin + first : begin + last] = 1
-    assert (covered(items, sum(seqlens), 4) == wanted).all()
+    assert (covered(items, sum(seqlens), 4, 2) == wanted).all()
 
 
 def test_one_section_is_sorted_and_keeps_groups_together() -> None:
     items = work_items([700, 300], 8, 2, section_tokens=10**9)
     assert (np.diff(item_tiles(items)) <= 0).all()
-    groups = items.reshape(-1, 4, 4)
-    assert (groups[:, :, :3] == groups[:, :1, :3]).all()
-    assert (groups[:, :, 3] // 4 == groups[:, :1, 3] // 4).all()
+    groups = items.reshape(-1, 4, 6)
+    assert (groups[:, :, :5] == groups[:, :1, :5]).all()
+    assert (groups[:, :, 5] == [0, 1, 2, 3]).all()
 
 
 def test_sections_hold_what_fits() -> None:
     items = work_items([1024], 8, 4, section_tokens=2048)
     first_half, second_half = np.split(items, 2)
-    assert set(first_half[:, 3] // 2) == {0, 1}
-    assert set(second_half[:, 3] // 2) == {2, 3}
+    assert set(first_half[:, 4]) == {0, 1}
+    assert set(second_half[:, 4]) == {2, 3}
     assert (np.diff(item_tiles(second_half)) <= 0).all()
+    alone = work_items([1024], 8, 4, section_tokens=2048, prefix_tokens=1000)
+    assert alone[:16, 4].tolist() == [0] * 16
 
 
 @pytest.mark.parametrize("seqlens", [(4096,), (16384,), (32768,), tuple(16384 >> (i % 5) for i in range(16))])
@@ -91,4 +94,4 @@ def test_wrong_ranges_are_refused() -> None:
 
 
 def test_no_work_is_an_empty_list() -> None:
-    assert work_items([0, 0], 4, 2, section_tokens=100).shape == (0, 4)
+    assert work_items([0, 0], 4, 2, section_tokens=100).shape == (0, 6)

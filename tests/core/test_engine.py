@@ -173,7 +173,7 @@ def test_preemption_at_every_step_changes_nothing(make_llm):
         scheduler, step = llm._engine.scheduler, llm._engine.step
         preemptions = 0
 
-        def disturbed(scheduler=scheduler, step=step):
+        def disturbed(scheduler=scheduler, step=step, host=host):
             nonlocal preemptions
             step()
             for request in list(scheduler.running):

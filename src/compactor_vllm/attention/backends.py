@@ -40,8 +40,8 @@ def resolve_backend(backend: AttentionBackend, device: torch.device) -> Attentio
             raise MissingDependencyError("attention_backend=COMPACTOR_TRITON needs triton (Linux): pip install triton")
         if device.type != "cuda" and not _interpreting():
             raise MissingDependencyError(
-                "attention_backend=COMPACTOR_TRITON needs an NVIDIA GPU (or TRITON_INTERPRET=1, which is slow and meant "
-                "for tests); use AUTO or TORCH on a CPU"
+                "attention_backend=COMPACTOR_TRITON needs an NVIDIA GPU (or TRITON_INTERPRET=1, slow and meant for "
+                "tests); use AUTO or TORCH on a CPU"
             )
     elif device.type != "cuda":
         raise MissingDependencyError(

@@ -19,8 +19,8 @@ segments (the only length masks), then everything else without masks.
 
 from __future__ import annotations
 
-import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -95,6 +95,8 @@ def prefill_kernel(
 
 # ---- launch
 
+L2_SHARE = 0.5
+
 
 @dataclass(frozen=True, kw_only=True)
 class HopperConfig:
@@ -105,7 +107,6 @@ class HopperConfig:
         q_regs: whether queries move to registers; None: where that needs no spills, that is without a prefix.
         turns: whether the two warpgroups take turns at the tensor cores.
         consumer_regs, producer_regs: registers of a thread, 2 * 128 * consumer + 128 * producer <= 65,536.
-        l2_share: part of the L2 cache that a section's keys and values may fill.
     """
 
     stages: int = 3
@@ -113,7 +114,6 @@ class HopperConfig:
     turns: bool = True
     consumer_regs: int = 240
     producer_regs: int = 24
-    l2_share: float = 0.5
 
     def constants(self, has_prefix: bool) -> dict[str, int | bool]:
         """The kernel's tuning constants."""
@@ -126,62 +126,132 @@ class HopperConfig:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class PrefillPlan:
+    """The work list of a batch, made once and used by every layer. A plan belongs to one stream.
+
+    Attributes:
+        items_N6: int32 on the device, see `hopper_schedule.work_items`.
+        counter: int32 [1], items taken so far; every launch leaves it at zero.
+        num_sequences, num_tokens, num_heads, num_kv_heads, head_dim: what the plan was made for.
+    """
+
+    items_N6: Tensor
+    counter: Tensor
+    num_sequences: int
+    num_tokens: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
 TESTED_TRITON = ("3.6", "3.7")
 
 
-def unsupported(q_THD: Tensor, k_TKD: Tensor, prefix: RaggedPrefix | None = None) -> str | None:
-    """Why this kernel cannot serve these tensors, or None if it can."""
-    head_dim = q_THD.shape[-1]
+def unsupported(
+    device: torch.device, dtype: torch.dtype, head_dim: int, prefix: RaggedPrefix | None = None
+) -> str | None:
+    """Why this kernel cannot serve such tensors, or None if it can."""
     if not triton.__version__.startswith(TESTED_TRITON):
         return f"triton {triton.__version__} is not one of those it was compiled with ({', '.join(TESTED_TRITON)})"
-    if not q_THD.is_cuda or torch.cuda.get_device_capability(q_THD.device) != (9, 0):
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return "it needs a Hopper GPU (compute capability 9.0)"
-    if q_THD.dtype not in (torch.bfloat16, torch.float16):
-        return f"dtype {q_THD.dtype} is neither bfloat16 nor float16"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"{dtype} is neither bfloat16 nor float16"
     if head_dim not in (64, 128):
         return f"head dimension {head_dim} is neither 64 nor 128"
-    if prefix is not None:
-        if prefix.cache.page_size != 128:
-            return f"pages of {prefix.cache.page_size} tokens are not tiles of 128 tokens"
-        if prefix.segments_BG.shape[1] > 8:
-            return f"{prefix.segments_BG.shape[1]} segments of a sequence are more than 8"
-        for pages in (prefix.cache.k_pages_PRD, prefix.cache.v_pages_PRD):
-            if pages.stride(0) % head_dim or pages.stride(1) != head_dim or pages.data_ptr() % 16:
-                return f"pages with strides {pages.stride()} are not whole rows of {head_dim}"
-            if pages.shape[0] * pages.stride(0) // head_dim >= 2**31:
-                return "the pool has more than 2^31 rows"
+    return None if prefix is None else _unsupported_prefix(prefix, head_dim)
+
+
+def _unsupported_prefix(prefix: RaggedPrefix, head_dim: int) -> str | None:
+    cache = prefix.cache
+    if cache.page_size != 128:
+        return f"pages of {cache.page_size} tokens are not tiles of 128 tokens"
+    if prefix.segments_BG.shape[1] > 8:
+        return f"{prefix.segments_BG.shape[1]} segments of a sequence are more than 8"
+    strides = {pages.stride() for pages in (cache.k_pages_PRD, cache.v_pages_PRD)}
+    if len(strides) > 1 or any(s[0] % head_dim or s[1:] != (head_dim, 1) for s in strides):
+        return f"pages with strides {sorted(strides)} are not whole rows of {head_dim}"
+    if cache.k_pages_PRD.shape[0] * cache.k_pages_PRD.stride(0) // head_dim >= 2**31:
+        return "the pool has more than 2^31 rows"
     return None
+
+
+def plan_prefill(
+    seqlens: Sequence[int],
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    device: torch.device,
+    *,
+    prefix_tokens: int = 0,
+    query_ranges: Sequence[tuple[int, int]] | None = None,
+    l2_share: float = L2_SHARE,
+) -> PrefillPlan:
+    """Plans a batch on the current stream. Nothing is read back from the device.
+
+    Args:
+        seqlens: tokens of each sequence; they lie behind each other.
+        num_heads, num_kv_heads, head_dim: of the model.
+        prefix_tokens: a bound on the prefix tokens of any head.
+        query_ranges: rows [first, last) of each sequence to compute, all by default. `first` is a multiple of 128.
+        l2_share: part of the L2 cache that the keys and values of a section of the list may fill.
+
+    Raises:
+        InvalidInputError: heads that do not fit together, or wrong ranges.
+    """
+    if num_heads % num_kv_heads:
+        raise InvalidInputError(f"{num_heads} query heads are not a multiple of {num_kv_heads} KV heads")
+    num_tokens = sum(seqlens)
+    if num_tokens * num_heads >= 2**31:
+        raise InvalidInputError(f"{num_tokens} tokens of {num_heads} heads are more than 2^31 rows")
+    l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+    items = work_items(
+        seqlens,
+        num_heads,
+        num_kv_heads,
+        section_tokens=int(l2_share * l2_bytes) // (2 * head_dim * 2),
+        prefix_tokens=prefix_tokens,
+        query_ranges=query_ranges,
+    )
+    return PrefillPlan(
+        items_N6=torch.from_numpy(items).pin_memory().to(device, non_blocking=True),
+        counter=torch.zeros(1, dtype=torch.int32, device=device),
+        num_sequences=len(seqlens),
+        num_tokens=num_tokens,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+    )
 
 
 def prefill_attention_hopper(
     q_THD: Tensor,
     k_TKD: Tensor,
     v_TKD: Tensor,
-    seqlens: tuple[int, ...],
+    plan: PrefillPlan,
     scale: float,
     *,
     out: Tensor | None = None,
     lse: Tensor | None = None,
     prefix: RaggedPrefix | None = None,
-    query_ranges: tuple[tuple[int, int], ...] | None = None,
     config: HopperConfig | None = None,
 ) -> Tensor:
-    """Causal grouped-query attention of sequences that lie behind each other, on a Hopper GPU.
+    """Causal grouped-query attention of a batch of sequences on a Hopper GPU.
 
     Row t of head h attends to the rows of its own sequence up to itself and, with `prefix`, to every kept token of
-    KV head h // (H / K) of its sequence's segments. Nothing is read back from the device.
+    KV head h // (H / K) of its sequence's segments.
 
     Args:
         q_THD: [T, H, D], bfloat16 or float16, D 64 or 128, contiguous.
         k_TKD, v_TKD: [T, K, D], same dtype.
-        seqlens: tokens of each sequence, with sum T.
+        plan: of the batch.
         scale: factor of the logits, positive.
-        out: where to write, [T, H, D]; may be `q_THD` itself.
+        out: where to write, [T, H, D]; may be `q_THD` itself. Rows outside the plan's ranges stay as they are.
         lse: float32 [T, H], receives the natural logarithm of each row's softmax denominator.
-        prefix: segments before the sequences, in pages of 128 tokens.
-        query_ranges: rows [first, last) of each sequence to compute, `first` a multiple of 128; other rows of `out`
-            and `lse` stay as they are.
-        config: tuned choices, by default those of the head dimension.
+        prefix: segments before the sequences, in pages of 128 tokens. Rows of a page that hold no token may hold
+            anything.
+        config: tuned choices.
 
     Returns:
         [T, H, D].
@@ -189,110 +259,84 @@ def prefill_attention_hopper(
     Raises:
         InvalidInputError: arguments that do not fit together or that `unsupported` names.
     """
-    reason = unsupported(q_THD, k_TKD, prefix)
+    D = q_THD.shape[-1]
+    reason = unsupported(q_THD.device, q_THD.dtype, D, prefix)
     if reason is not None:
         raise InvalidInputError(f"the Hopper prefill kernel does not apply: {reason}")
     out = torch.empty_like(q_THD) if out is None else out
-    _check_arguments(q_THD, k_TKD, v_TKD, seqlens, scale, out, lse)
-    config = config or HopperConfig()
-    T, H, D = q_THD.shape
-    K = k_TKD.shape[1]
-    device = q_THD.device
-    stream = torch.cuda.current_stream(device).cuda_stream
-    prefix_tokens = 0 if prefix is None else prefix.max_len
-    items, counter = _device_items(
-        tuple(seqlens), query_ranges, prefix_tokens, (H, K, D), config.l2_share, device, stream
-    )
-    num_items = items.shape[0]
-    if num_items == 0:
+    _check_arguments(q_THD, k_TKD, v_TKD, plan, scale, out, lse)
+    if prefix is not None:
+        _check_prefix(prefix, plan, q_THD)
+    items = plan.items_N6
+    if len(items) == 0:
         return out
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     q_desc, k_desc, v_desc = (
-        TensorDescriptor.from_tensor(x.view(T, -1), [rows, D], layout)
+        TensorDescriptor.from_tensor(x.flatten(1), [rows, D], layout)
         for x, rows in ((q_THD, 64), (k_TKD, 128), (v_TKD, 128))
     )
-    k_page_desc, v_page_desc, *tables, num_segments, page_rows = _prefix_arguments(prefix, D, layout) or (
-        *(k_desc, v_desc),
-        *(items,) * 5,
-        *(0, 0),
-    )
-    programs = min(num_items, torch.cuda.get_device_properties(device).multi_processor_count)
-    prefill_kernel[(programs,)](
-        *(q_desc, k_desc, v_desc, k_page_desc, v_page_desc, out, items if lse is None else lse, items, counter),
-        *(*tables, num_items, scale * math.log2(math.e), H, K, num_segments, page_rows),
+    page_descs, tables, numbers = _prefix_arguments(prefix, D, layout) or ((k_desc, v_desc), (items,) * 5, (0, 0))
+    multiprocessors = torch.cuda.get_device_properties(q_THD.device).multi_processor_count
+    prefill_kernel[(min(len(items), multiprocessors),)](
+        *(q_desc, k_desc, v_desc, *page_descs, out, items if lse is None else lse, items, plan.counter),
+        *(*tables, len(items), scale * math.log2(math.e), plan.num_heads, plan.num_kv_heads, *numbers),
         D=D,
         HAS_PREFIX=prefix is not None,
         HAS_LSE=lse is not None,
         num_warps=4,
-        **config.constants(prefix is not None),
+        **(config or HopperConfig()).constants(prefix is not None),
     )
     return out
 
 
 def _check_arguments(
-    q_THD: Tensor,
-    k_TKD: Tensor,
-    v_TKD: Tensor,
-    seqlens: tuple[int, ...],
-    scale: float,
-    out: Tensor,
-    lse: Tensor | None,
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, plan: PrefillPlan, scale: float, out: Tensor, lse: Tensor | None
 ) -> None:
-    T, H, D = q_THD.shape
-    K = k_TKD.shape[1]
-    for name, x, shape in (("k_TKD", k_TKD, (T, K, D)), ("v_TKD", v_TKD, (T, K, D)), ("out", out, (T, H, D))):
-        if tuple(x.shape) != shape or x.dtype != q_THD.dtype or x.device != q_THD.device:
-            raise InvalidInputError(f"{name} must be {list(shape)}, {q_THD.dtype}, on {q_THD.device}")
-    for name, x in (("q_THD", q_THD), ("k_TKD", k_TKD), ("v_TKD", v_TKD), ("out", out)):
-        if not x.is_contiguous() or x.data_ptr() % 16:
-            raise InvalidInputError(f"{name} must be contiguous and begin at a multiple of 16 bytes")
-    if H % K:
-        raise InvalidInputError(f"{H} query heads are not a multiple of {K} KV heads")
-    if sum(seqlens) != T:
-        raise InvalidInputError(f"seqlens sum up to {sum(seqlens)}, but there are {T} tokens")
-    if T * H >= 2**31:
-        raise InvalidInputError(f"{T} tokens of {H} heads are more than 2^31 rows")
+    q_shape = (plan.num_tokens, plan.num_heads, plan.head_dim)
+    kv_shape = (plan.num_tokens, plan.num_kv_heads, plan.head_dim)
+    for name, x, shape in (("q_THD", q_THD, q_shape), ("out", out, q_shape)):
+        _check_tensor(name, x, shape, q_THD)
+    for name, x in (("k_TKD", k_TKD), ("v_TKD", v_TKD)):
+        _check_tensor(name, x, kv_shape, q_THD)
+    if plan.items_N6.device != q_THD.device:
+        raise InvalidInputError(f"the plan was made for {plan.items_N6.device}, the queries are on {q_THD.device}")
     if not scale > 0:
         raise InvalidInputError(f"scale must be positive, not {scale}")
-    if lse is not None and (tuple(lse.shape) != (T, H) or lse.dtype != torch.float32 or not lse.is_contiguous()):
-        raise InvalidInputError(f"lse must be contiguous float32 {[T, H]}")
+    if lse is not None and (lse.shape != q_shape[:2] or lse.dtype != torch.float32 or not lse.is_contiguous()):
+        raise InvalidInputError(f"lse must be contiguous float32 {list(q_shape[:2])}")
+
+
+def _check_prefix(prefix: RaggedPrefix, plan: PrefillPlan, q_THD: Tensor) -> None:
+    cache, segments_BG = prefix.cache, prefix.segments_BG
+    if segments_BG.shape[0] != plan.num_sequences or segments_BG.dtype != torch.int32:
+        raise InvalidInputError(f"prefix.segments_BG must be int32 with {plan.num_sequences} rows")
+    if cache.seg_lens_SK.shape[1] != plan.num_kv_heads or cache.k_pages_PRD.dtype != q_THD.dtype:
+        raise InvalidInputError(f"prefix.cache must hold {plan.num_kv_heads} KV heads of {q_THD.dtype}")
+    for name, x in (("page_table", cache.page_table), ("seg_lens_SK", cache.seg_lens_SK)):
+        if x.dtype != torch.int32 or not x.is_contiguous() or x.device != q_THD.device:
+            raise InvalidInputError(f"prefix.cache.{name} must be contiguous int32 on {q_THD.device}")
+
+
+def _check_tensor(name: str, x: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    if tuple(x.shape) != shape or x.dtype != like.dtype or x.device != like.device:
+        raise InvalidInputError(f"{name} must be {list(shape)}, {like.dtype}, on {like.device}, as planned")
+    if not x.is_contiguous() or x.data_ptr() % 16:
+        raise InvalidInputError(f"{name} must be contiguous and begin at a multiple of 16 bytes")
 
 
 def _prefix_arguments(prefix: RaggedPrefix | None, D: int, layout: gl.NVMMASharedLayout) -> tuple | None:
-    """The pool as a matrix of rows of D elements, page p beginning at row p * (page stride / D), and its tables."""
+    """Descriptors of the pool as a matrix of rows of D elements, where page p begins at row p * (page stride / D);
+    its tables; its numbers."""
     if prefix is None:
         return None
     cache = prefix.cache
-    descs = []
-    for pages in (cache.k_pages_PRD, cache.v_pages_PRD):
-        rows = (pages.shape[0] - 1) * (pages.stride(0) // D) + cache.page_size
-        flat = pages.as_strided((rows, D), (D, 1))
-        descs.append(TensorDescriptor.from_tensor(flat, [128, D], layout))
-    num_segments = prefix.segments_BG.shape[1]
+    page_rows = cache.k_pages_PRD.stride(0) // D
+    rows = (cache.k_pages_PRD.shape[0] - 1) * page_rows + cache.page_size
+    descs = tuple(
+        TensorDescriptor.from_tensor(pages.as_strided((rows, D), (D, 1)), [128, D], layout)
+        for pages in (cache.k_pages_PRD, cache.v_pages_PRD)
+    )
     segments_BG = prefix.segments_BG.contiguous()
     head_order = order_heads(segments_BG, cache.seg_lens_SK)
     tables = (segments_BG, cache.seg_lens_SK, cache.head_begin_SK, head_order, cache.page_table)
-    return (*descs, *tables, num_segments, cache.k_pages_PRD.stride(0) // D)
-
-
-@functools.lru_cache(maxsize=16)
-def _device_items(
-    seqlens: tuple[int, ...],
-    query_ranges: tuple[tuple[int, int], ...] | None,
-    prefix_tokens: int,
-    sizes: tuple[int, int, int],
-    l2_share: float,
-    device: torch.device,
-    stream: int,
-) -> tuple[Tensor, Tensor]:
-    """The work list on the device and the counter of items taken, which every launch leaves at zero.
-
-    Cached per stream: launches on one stream follow each other, so they can share the counter.
-    """
-    H, K, D = sizes
-    l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-    section_tokens = int(l2_share * l2_bytes) // (2 * D * 2)
-    items = work_items(
-        seqlens, H, K, section_tokens=section_tokens, prefix_tokens=prefix_tokens, query_ranges=query_ranges
-    )
-    return torch.from_numpy(items).to(device), torch.zeros(1, dtype=torch.int32, device=device)
+    return descs, tables, (segments_BG.shape[1], page_rows)

@@ -77,6 +77,9 @@ def _tiles(capability: tuple[int, int], dtype: torch.dtype, block_d: int) -> Pre
         return config(32, 32, 4, 1) if block_d <= 128 else config(32, 16, 8, 1)
     if capability < (9, 0) or capability in _SMALL_SHARED_MEMORY:
         return config(128, 32, 8, 3) if block_d <= 128 else config(64, 32, 8, 2)
-    if block_d > 128:
-        return config(128, 32, 8, 3)
-    return config(128, 128, 8, 3) if capability < (10, 0) else config(128, 64, 8, 3)
+    if capability < (10, 0):
+        return config(128, 128, 8, 3) if block_d <= 128 else config(128, 32, 8, 3)
+    if block_d <= 128:
+        return config(128, 128, 8, 3) if block_d <= 64 else config(128, 64, 8, 3)
+    # Two ranges of this width overflow tensor memory; with few rows the products take registers.
+    return config(32, 32, 4, 2)

@@ -135,7 +135,8 @@ def default_leverage_config(
         return LeverageConfig(rows=64, project=True, fused_chunk=1024 if fused else 0, num_stages=2)
     rows = 16 if dtype == torch.float32 and not warpgroups else 32
     fused_chunk = 1024 if capability == (0, 0) else 0
-    return LeverageConfig(rows=rows, project=False, fused_chunk=fused_chunk, num_stages=2 if small else 1)
+    num_stages = 2 if small and dtype == torch.bfloat16 else 1
+    return LeverageConfig(rows=rows, project=False, fused_chunk=fused_chunk, num_stages=num_stages)
 
 
 _SKETCH_TERMS: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}

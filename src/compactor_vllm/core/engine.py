@@ -217,7 +217,7 @@ class Engine:
         request.emit(text, (token,), reason)
 
     def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
-        pages = sum(self.manager.pages_held(segment) for segment in request.segments)
+        pages = sum(self.manager.pages_filled(segment) for segment in request.segments)
         request.sequence.kv_bytes = pages * self.manager.page_bytes
         request.sequence.kv_bytes_full = self.manager.full_pages(max(request.computed, 1)) * self.manager.page_bytes
         self.scheduler.remove(request)

@@ -76,10 +76,9 @@ class KVCacheManager:
         """Pages of all layers and heads when `tokens` tokens are kept whole."""
         return int(self.prefill_pages(tokens, tokens).sum())
 
-    def pages_held(self, segment: Segment) -> int:
-        if segment.reserved_LP is not None:
-            return sum(len(pages) for pages in segment.reserved_LP)
-        return int(self.cache.host_granted_LSK[:, segment.slot].sum())
+    def pages_filled(self, segment: Segment) -> int:
+        """Pages that a settled segment's tokens lie in, without those granted ahead."""
+        return int((-(-self.cache.host_lens_LSK[:, segment.slot] // self.page_size)).sum())
 
     # ---- prefill: reserve, then settle ---------------------------------------------------------------------------
 
