@@ -37,11 +37,12 @@ help:
 run: $(VENV)/.base
 	$(BIN)/compactor-vllm demo $(ARGS)
 
+# Two processes of one thread each are done sooner than one process of two threads.
 test: $(VENV)/.dev
-	$(PYTEST) -m "not slow and not browser and not ray and not gpu" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow and not browser and not ray and not gpu" -n 2 $(PYTEST_ARGS)
 
 test-all: $(VENV)/.dev
-	$(PYTEST) -m "not gpu" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PYTEST) -m "not gpu" -n 2 $(PYTEST_ARGS)
 
 test-gpu: $(VENV)/.dev
 	$(PYTEST) -m gpu $(PYTEST_ARGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -21,6 +22,17 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _registry() -> Iterator[None]:
+    """Methods that a test registers are gone after it."""
+    from compactor_vllm.compression import COMPRESSION_REGISTRY
+
+    known = set(COMPRESSION_REGISTRY)
+    yield
+    for name in set(COMPRESSION_REGISTRY) - known:
+        del COMPRESSION_REGISTRY[name]
 
 
 def poisoned(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> torch.Tensor:

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from compactor_vllm import COMPRESSION_REGISTRY, SamplingParams, SequenceCompressionParams
+from compactor_vllm import SamplingParams, SequenceCompressionParams
 
 DOC = Path(__file__).parents[2] / "docs" / "adding-a-method.md"
 
 
 @pytest.fixture(scope="module")
-def my_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def my_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (source,) = re.findall(r"```python[^\n]*\n(# my_file\.py.*?)```", DOC.read_text(), re.S)
     assert source.count("\n") < 60
     file = tmp_path_factory.mktemp("method") / "my_file.py"
     file.write_text(source)
-    known = set(COMPRESSION_REGISTRY)
-    yield file
-    for name in set(COMPRESSION_REGISTRY) - known:
-        del COMPRESSION_REGISTRY[name]
+    return file
 
 
 def test_through_generate(llm, my_file):
