@@ -119,21 +119,22 @@ def test_shared_and_private_segments_mix(device: torch.device, max_sharing: int 
 
 
 @pytest.mark.parametrize(
-    ("users", "group", "big_unit", "skewed", "dtype"),
+    ("users", "group", "big_unit", "way", "dtype"),
     [
-        (9, 8, 64, False, torch.float32),
-        (5, 7, 16, False, torch.float32),
-        (9, 8, 64, True, torch.float16),
-        (23, 3, 32, True, torch.bfloat16),
+        (9, 8, 64, "plain", torch.float32),
+        (5, 7, 16, "plain", torch.float32),
+        (23, 3, 32, "skewed", torch.bfloat16),
+        (9, 8, 64, "bulk", torch.float16),
     ],
 )
 def test_row_tiles_of_a_shared_segment(
-    device: torch.device, users: int, group: int, big_unit: int, skewed: bool, dtype: torch.dtype
+    device: torch.device, users: int, group: int, big_unit: int, way: str, dtype: torch.dtype
 ) -> None:
     """Rows that do not fill the last tile, and groups that do not divide a tile."""
     case = make_case([[150], [37]], head_dim=16, page_size=32, dtype=dtype, device=device)
     segments = segments_table([[0, 1] if b % 2 else [0] for b in range(users)], device, columns=2)
-    _assert_close(case, segments, *_run(case, segments, group, _config(big_unit=big_unit, skewed=skewed)))
+    config = _config(big_unit=big_unit, skewed=way != "plain", bulk_copy=way == "bulk")
+    _assert_close(case, segments, *_run(case, segments, group, config))
 
 
 def test_a_plan_of_all_layers_counts_tokens_that_will_be_appended(device: torch.device) -> None:
@@ -160,6 +161,28 @@ def test_lengths_may_change_between_replays_of_a_plan(device: torch.device) -> N
     for lens in ([[90, 20], [64, 64]], [[1, 0], [0, 2]], [[33, 16], [64, 31]]):
         now = case.with_lens(torch.tensor(lens))
         _assert_close(now, segments, *_run(now, segments, 2, _config(block_n=16, unit=32)))
+
+
+def test_programs_get_equal_shares_of_any_lengths(device: torch.device) -> None:
+    """The header holds items, share, total cost: one head of 3,000 tokens beside seven of 50 is cut like any other."""
+    lens = [[3000, 50, 50, 50], [50, 0, 50, 50]]
+    case = make_case(lens, head_dim=16, page_size=128, dtype=torch.float32, device=device)
+    config = _config()
+    segments = segments_table([[0], [1]], device)
+    cache = case.cache
+    plan = plan_decode(
+        cache.seg_lens_SK[None],
+        cache.head_begin_SK[None],
+        segments,
+        num_heads=4,
+        head_dim=16,
+        dtype=torch.float32,
+        config=config,
+    )
+    used = [length for row in lens for length in row if length]
+    total = sum(-(-length // config.small.unit) + config.small.overhead for length in used)
+    share = max(config.small.min_share, -(-total // plan.small_programs))
+    assert plan.words_LW[0, :3].tolist() == [len(used), share, total]
 
 
 def test_page_ids_beyond_32_bits_of_elements(device: torch.device) -> None:
@@ -306,7 +329,9 @@ def test_a_plan_for_other_shapes_is_refused(device: torch.device) -> None:
         plan_decode(lens, begins, segments, num_heads=4, head_dim=16, dtype=torch.float32, extra=-1)
 
 
-@pytest.mark.parametrize(("field", "value"), [("block_n", 24), ("num_warps", 0), ("overhead", -1), ("skewed", True)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("block_n", 24), ("num_warps", 0), ("overhead", -1), ("skewed", True), ("bulk_copy", True)]
+)
 def test_tile_shapes_are_checked(field: str, value: int) -> None:
-    with pytest.raises(InvalidInputError, match=field.replace("skewed", "block_n must divide unit")):
+    with pytest.raises(InvalidInputError, match="block_n must divide unit" if field == "skewed" else field):
         dataclasses.replace(_config().small, **{field: value})

@@ -1,8 +1,8 @@
 """Compiles every kernel ahead of time, for cards that need not be here, and reports what it takes.
 
-`python -m compactor_vllm.attention.compile_kernels [--arch 80 90] [--kernel prefill] [--jobs 2]` prints a line per kernel
-and architecture: registers, stack bytes (spills), shared memory against the card's limit. It exits with 1 where one of
-them does not compile, spills, does not fit, or lets Hopper's asynchronous products run one after another.
+`python -m compactor_vllm.attention.compile_kernels [--arch 80 90] [--kernel prefill] [--jobs 2]` prints a line per
+kernel and architecture: registers, stack bytes (spills), shared memory against the card's limit. It exits with 1 where
+one of them does not compile, spills, does not fit, or lets Hopper's asynchronous products run one after another.
 
 A kernel module takes part by a function `aot_signatures()` or `aot_signatures(capability)` that yields its default
 configurations as (kernel, signature, constexprs, num_warps, num_stages, label), and by its line in `KERNEL_MODULES`.
@@ -42,6 +42,7 @@ KERNEL_MODULES = (
     "compactor_vllm.compression.leverage_kernel",
     "compactor_vllm.compression.chunk_attention_kernel",
     "compactor_vllm.compression.zscore_kernel",
+    "compactor_vllm.compression.snapkv_kernel",
 )
 
 # Shared memory that a block may have, in KiB (CUDA programming guide, technical specifications per capability).

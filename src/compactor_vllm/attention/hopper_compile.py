@@ -20,9 +20,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from compactor_vllm.attention.hopper_varlen_kernel import HopperConfig, prefill_kernel
 
-__all__ = ["SHARED_LIMIT", "KernelFacts", "compile_prefill", "kernel_facts"]
-
-SHARED_LIMIT = 227 * 1024
+__all__ = ["KernelFacts", "compile_prefill", "kernel_facts"]
 
 _POINTERS = {"lse": "*fp32", **dict.fromkeys(("items", "counter"), "*i32")}
 _TABLES = ("segments", "seg_lens", "head_begin", "head_order", "page_table")

@@ -114,6 +114,12 @@ def _any_too_large(sums, WARPGROUP: gl.constexpr, DTYPE: gl.constexpr):
 
 
 @gluon.jit
+def _operand(p, DTYPE: gl.constexpr):
+    """Weights as the left operand of P V."""
+    return gl.convert_layout(p.to(DTYPE), P_LAYOUT)
+
+
+@gluon.jit
 def _row_sums(p):
     """Row sums of [M, N] weights as [M, 4]: one partial sum for each of the four threads that share a row."""
     p_quads = p.reshape([ROWS, KEYS // 8, 4, 2])
@@ -185,8 +191,9 @@ def _step(
     full, empty = bars
     stage, phase = position
     s, o = _products(q, kv, stage, p16, o, WARPGROUP, TURNS)
-    if MASKED:
-        s = _hide_keys(s, visible)
+    if MASKED:  # noqa: SIM102 - decided when the kernel is compiled
+        if visible < KEYS:
+            s = _hide_keys(s, visible)
     p = gl.exp2(s * scale - r[:, None])
     sums, large = _any_too_large(_row_sums(p), WARPGROUP, k_ring.dtype)
     # Waiting for the next stage already here keeps the compiler from waiting for O before the weights are computed.
@@ -196,8 +203,7 @@ def _step(
     if large:
         p, sums, o, l, r = _rebase(q, k_ring.index(stage), o, l, r, scale, visible, MASKED)
     mbarrier.arrive(empty.index(stage), count=1)
-    p16 = gl.convert_layout(p.to(k_ring.dtype), P_LAYOUT)
-    return (ahead, phase), p16, o, l + sums, r
+    return (ahead, phase), _operand(p, k_ring.dtype), o, l + sums, r
 
 
 @gluon.jit
@@ -267,6 +273,7 @@ def consumer(
     k_ring, v_ring = kv
     full, empty = bars
     records, lens, _begins, item_full, item_empty = queue
+    DTYPE: gl.constexpr = k_ring.dtype
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     _run(_large_text("mov.b32 $0, $1; .reg .pred", WARPGROUP))
     if TURNS and WARPGROUP == 1:
@@ -286,28 +293,31 @@ def consumer(
     mbarrier.wait(full.index(position[0]), position[1])
     if row_end - row < KEYS:
         _clear_rows(v_ring.index(position[0]), row_end - row, D)
-    p16 = gl.convert_layout(p.to(k_ring.dtype), P_LAYOUT)
     o = gl.zeros([ROWS, D], gl.float32, o_layout)
+    p16 = _operand(p, DTYPE)
     while row >= 0:
         slot = count & 1
         tiles = get_word(records.index(slot * FIELDS + 1))
         head = get_word(records.index(slot * FIELDS + 3))
         if HAS_PREFIX:
             segment = slot * MAX_SEGMENTS
-            for _ in range(get_word(records.index(slot * FIELDS + 4))):
-                visible = get_word(lens.index(segment)) % KEYS
-                segment += 1
-                while visible == 0:
+            partial = get_word(records.index(slot * FIELDS + 4))
+            tiles += partial
+        for i in range(tiles):
+            visible = KEYS
+            if HAS_PREFIX:  # noqa: SIM102 - decided when the kernel is compiled
+                if i < partial:
                     visible = get_word(lens.index(segment)) % KEYS
                     segment += 1
-                position, p16, o, l, r = _step(
-                    q, kv, bars, position, p16, o, l, r, scale, visible, True, WARPGROUP, STAGES, TURNS
-                )
-                _clear_rows(v_ring.index(position[0]), visible, D)
-        for _ in range(tiles):
+                    while visible == 0:
+                        visible = get_word(lens.index(segment)) % KEYS
+                        segment += 1
             position, p16, o, l, r = _step(
-                q, kv, bars, position, p16, o, l, r, scale, KEYS, False, WARPGROUP, STAGES, TURNS
+                q, kv, bars, position, p16, o, l, r, scale, visible, HAS_PREFIX, WARPGROUP, STAGES, TURNS
             )
+            if HAS_PREFIX:  # noqa: SIM102 - decided when the kernel is compiled
+                if visible < KEYS:
+                    _clear_rows(v_ring.index(position[0]), visible, D)
 
         # The last values of this item together with the first keys of the next. After the last item those keys, and
         # all that follows from them, are left-overs that nobody looks at.
@@ -328,7 +338,7 @@ def consumer(
         mbarrier.wait(full.index(position[0]), position[1])
         o = warpgroup_mma_wait(0, deps=[o])
         mbarrier.arrive(release, count=1)
-        p16 = gl.convert_layout(p.to(k_ring.dtype), P_LAYOUT)
+        p16 = _operand(p, DTYPE)
         _store(result, o, l, r, row, row_end, head, WARPGROUP, D, HAS_LSE)
         if next_end - next_row < KEYS:
             _clear_rows(v_ring.index(position[0]), next_end - next_row, D)

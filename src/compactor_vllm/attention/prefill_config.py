@@ -54,7 +54,8 @@ def default_prefill_config(
         page_size: rows of a page of the prefix, or None where there is none.
     """
     kernel = choose_prefill_kernel(capability, dtype, head_dim, page_size, page_size is not None)
-    config = replace(_tiles(capability, dtype, padded_head_dim(head_dim)), tma=kernel == "triton_tma")
+    config = _tiles(capability, dtype, padded_head_dim(head_dim), page_size is not None)
+    config = replace(config, tma=kernel == "triton_tma")
     if page_size is not None and page_size < config.block_n and capability >= (9, 0):
         return replace(config, block_n=min(config.block_n, 64))
     return config
@@ -65,7 +66,7 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def _tiles(capability: tuple[int, int], dtype: torch.dtype, block_d: int) -> PrefillConfig:
+def _tiles(capability: tuple[int, int], dtype: torch.dtype, block_d: int, has_prefix: bool) -> PrefillConfig:
     def config(block_m: int, block_n: int, num_warps: int, num_stages: int) -> PrefillConfig:
         return PrefillConfig(block_m=block_m, block_n=block_n, num_warps=num_warps, num_stages=num_stages)
 
@@ -76,6 +77,8 @@ def _tiles(capability: tuple[int, int], dtype: torch.dtype, block_d: int) -> Pre
             return config(64, 32, 4, 1)
         return config(32, 32, 4, 1) if block_d <= 128 else config(32, 16, 8, 1)
     if capability < (9, 0) or capability in _SMALL_SHARED_MEMORY:
+        if block_d == 128 and has_prefix and capability != (8, 0):
+            return config(64, 32, 4, 3)
         return config(128, 32, 8, 3) if block_d <= 128 else config(64, 32, 8, 2)
     if capability < (10, 0):
         return config(128, 128, 8, 3) if block_d <= 128 else config(128, 32, 8, 3)

@@ -23,6 +23,14 @@ __all__ = ["merge_kernel", "prefill_kernel"]
 _HIDDEN = tl.constexpr(-1e30)
 _LN_2 = tl.constexpr(0.6931471805599453)
 
+# Values that change between batches must not compile a kernel again.
+_UNSPECIALIZED = dict(
+    do_not_specialize=["num_segments", "log_splits", "num_splits", "stride_lse_split", "stride_begin", "stride_lens"],
+    do_not_specialize_on_alignment=[
+        "cu_q_ptr", "cu_k_ptr", "lse_ptr", "page_table_ptr", "head_begin_ptr", "seg_lens_ptr", "segments_ptr"
+    ],
+)  # fmt: skip
+
 
 @triton.jit
 def _page_of(table_ptr, n, end, outer, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr):
@@ -208,7 +216,7 @@ def _attend_range(
     return _add_product(acc_MD * alpha_M[:, None], bits_MN, v_ND, IEEE), l_M, m_M
 
 
-@triton.jit
+@triton.jit(**_UNSPECIALIZED)
 def prefill_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, k_desc, v_desc, cu_q_ptr, cu_k_ptr,
     k_pages_ptr, v_pages_ptr, k_pages_desc, v_pages_desc, page_table_ptr, head_begin_ptr, seg_lens_ptr, segments_ptr,
@@ -301,7 +309,7 @@ def prefill_kernel(
         tl.store(lse_ptr + token_M * stride_lse_row + head_M, (m_M + tl.log2(l_M)) * _LN_2, mask=valid_M)
 
 
-@triton.jit
+@triton.jit(**_UNSPECIALIZED)
 def merge_kernel(
     parts_ptr, part_lse_ptr, out_ptr, lse_ptr, cu_q_ptr,
     stride_part_split, stride_lse_split, stride_out_row, stride_out_head, num_heads, num_splits,

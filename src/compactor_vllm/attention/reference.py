@@ -8,13 +8,13 @@ Lengths are read on the host, so on a GPU every call synchronises; the kernels d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from compactor_vllm.attention.ragged_prefix import RaggedPrefix
 from compactor_vllm.kv_cache.layer_cache import LayerCache
 
 __all__ = ["RaggedPrefix", "decode_attention", "gather_head", "prefill_attention"]
@@ -22,21 +22,6 @@ __all__ = ["RaggedPrefix", "decode_attention", "gather_head", "prefill_attention
 # Pairs are padded to a common length only where that adds at most a quarter.
 _MIN_FILL = 0.8
 _PREFIX_QUERY_CHUNK = 256
-
-
-@dataclass(frozen=True, kw_only=True)
-class RaggedPrefix:
-    """Sealed segments before the tokens of a prefill.
-
-    Attributes:
-        cache: the layer's cache that holds them.
-        segments_BG: int32 [B, G], segment slots of each sequence, -1 where there is none.
-        max_len: a bound on the prefix tokens of any head of any sequence.
-    """
-
-    cache: LayerCache
-    segments_BG: Tensor
-    max_len: int
 
 
 def decode_attention(

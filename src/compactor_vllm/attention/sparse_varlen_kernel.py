@@ -194,8 +194,9 @@ def _widened(prefix: RaggedPrefix | None) -> RaggedPrefix | None:
     """A copy of a prefix in float32."""
     if prefix is None:
         return None
-    pages = {"k_pages_PRD": prefix.cache.k_pages_PRD.float(), "v_pages_PRD": prefix.cache.v_pages_PRD.float()}
-    return replace(prefix, cache=replace(prefix.cache, **pages))
+    cache = prefix.cache
+    wide = replace(cache, k_pages_PRD=cache.k_pages_PRD.float(), v_pages_PRD=cache.v_pages_PRD.float())
+    return replace(prefix, cache=wide)
 
 
 def _bulk_copyable(rows: Tensor) -> bool:

@@ -29,7 +29,6 @@ from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_tensor
 
 _FOLD: tl.constexpr = tl.constexpr(8)  # of neighbouring rows of a tile of logits every eighth lies in one thread
-_SMALL_SHARED_MEMORY = ((8, 6), (8, 9), (12, 0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,20 +45,27 @@ def default_chunk_attention_config(
     capability: tuple[int, int], dtype: torch.dtype, dim: int, chunk: int
 ) -> ChunkAttentionConfig:
     """The configuration for a card ((0, 0) is the interpreter), operands' type, head dimension and chunk."""
-    chunk = max(16, triton.next_power_of_2(chunk))
     row_bytes = triton.next_power_of_2(dim) * dtype.itemsize
-    keys = min(chunk, 256, 65536 // row_bytes)
+    keys = min(max(16, triton.next_power_of_2(chunk)), 256)
+    if dtype == torch.float32:
+        return ChunkAttentionConfig(queries=32, keys=min(keys, 32), num_warps=4, num_stages=1)
     if row_bytes > 256:
-        return ChunkAttentionConfig(queries=64, keys=min(keys, 64), num_warps=4, num_stages=1)
-    if capability[0] in (9, 10):
+        queries = 64 if capability[0] in (9, 10) else 32
+        return ChunkAttentionConfig(queries=queries, keys=min(keys, 64), num_warps=4, num_stages=1)
+    if capability[0] == 9:
         return ChunkAttentionConfig(queries=64, keys=keys, num_warps=4, num_stages=3)
-    if capability in _SMALL_SHARED_MEMORY:
-        keys = min(keys, 32768 // row_bytes)
-    return ChunkAttentionConfig(queries=64, keys=keys, num_warps=8 if keys > 128 else 4, num_stages=2)
+    return ChunkAttentionConfig(queries=64, keys=keys, num_warps=8 if keys > 64 else 4, num_stages=2)
 
 
 def chunk_attention_scores(
-    q_THD: Tensor, k_TKD: Tensor, cu_seqlens_B1: Tensor, *, chunk: int, scale: float, reduction: str = "sum"
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    cu_seqlens_B1: Tensor,
+    *,
+    chunk: int,
+    scale: float,
+    reduction: str = "sum",
+    v_TKD: Tensor | None = None,
 ) -> Tensor:
     """Attention that each key receives from all queries of its chunk, without a causal mask.
 
@@ -69,6 +75,7 @@ def chunk_attention_scores(
         chunk: tokens of a chunk.
         scale: factor of the logits, not negative.
         reduction: "sum", "mean" or "max" over the query heads of a KV head.
+        v_TKD: float [T, K, any], values whose lengths the result is multiplied by; None: it is not.
 
     Returns:
         float32 [T, K], see `reference.chunk_attention_scores`.
@@ -89,6 +96,8 @@ def chunk_attention_scores(
         raise InvalidInputError(f"scale must be finite and not negative, not {scale}")
     if reduction not in GROUP_REDUCTIONS:
         raise InvalidInputError(f"reduction must be one of {', '.join(map(repr, GROUP_REDUCTIONS))}, not {reduction!r}")
+    if v_TKD is not None:
+        check_tensor("v_TKD", v_TKD, (num_tokens, num_kv_heads, None), FLOAT_TYPES, k_TKD.device)
     out_TK = torch.empty(num_tokens, num_kv_heads, dtype=torch.float32, device=k_TKD.device)
     if num_tokens == 0:
         return out_TK
@@ -100,6 +109,7 @@ def chunk_attention_scores(
     _chunk_attention_kernel[(max_blocks(num_tokens, num_seqs, WHOLE, chunk), num_kv_heads, key_blocks)](
         q_THD,
         k_TKD,
+        k_TKD if v_TKD is None else v_TKD,
         cu_seqlens_B1,
         out_TK,
         num_seqs,
@@ -112,6 +122,7 @@ def chunk_attention_scores(
         QUERIES=config.queries,
         KEYS=config.keys,
         ONE_BLOCK=key_blocks == 1,
+        V_DIM=0 if v_TKD is None else v_TKD.shape[2],
         REDUCTION=reduction,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -158,10 +169,24 @@ def _row_maxima_and_sums(
 
 
 @triton.jit
+def _value_lengths(v_ptr, begin, end, head, NUM_KV_HEADS: tl.constexpr, V_DIM: tl.constexpr, KEYS: tl.constexpr):
+    """Euclidean length [KEYS] of the values of tokens begin.. of a head."""
+    token = begin + tl.arange(0, KEYS)
+    place = (token.to(tl.int64) * NUM_KV_HEADS + head) * V_DIM
+    squares = tl.zeros((KEYS,), tl.float32)
+    for first in range(0, V_DIM, 16):
+        dims = first + tl.arange(0, 16)
+        mask = (token < end)[:, None] & (dims < V_DIM)[None, :]
+        v = tl.load(v_ptr + place[:, None] + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+        squares += tl.sum(v * v, 1)
+    return tl.sqrt(squares)
+
+
+@triton.jit
 def _chunk_attention_kernel(
-    q_ptr, k_ptr, cu_seqlens_ptr, out_ptr, num_seqs, chunk, scale,
+    q_ptr, k_ptr, v_ptr, cu_seqlens_ptr, out_ptr, num_seqs, chunk, scale,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, ONE_BLOCK: tl.constexpr, REDUCTION: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, ONE_BLOCK: tl.constexpr, V_DIM: tl.constexpr, REDUCTION: tl.constexpr,
 ):  # fmt: skip
     """One program a (chunk, KV head, block of keys)."""
     FOLD: tl.constexpr = _FOLD
@@ -201,6 +226,8 @@ def _chunk_attention_kernel(
                 received = tl.sum(tl.sum(folded, 0), 0)
             if REDUCTION == "mean":
                 received /= GROUP
+            if V_DIM:
+                received *= _value_lengths(v_ptr, first_key, end, head, NUM_KV_HEADS, V_DIM, KEYS)
             token = first_key + tl.arange(0, KEYS)
             tl.store(out_ptr + token.to(tl.int64) * NUM_KV_HEADS + head, received, mask=token < end)
 
@@ -209,13 +236,18 @@ def aot_signatures(
     capability: tuple[int, int] = (9, 0),
 ) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int, str]]:
     """Configurations for ahead-of-time compilation: (kernel, signature, constexprs, warps, stages, label)."""
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     for dtype, dim, chunk in (("bf16", 128, 256), ("bf16", 128, 128), ("fp16", 128, 256), ("bf16", 64, 256),
-                              ("bf16", 256, 256), ("fp32", 128, 256)):  # fmt: skip
+                              ("bf16", 256, 256)):  # fmt: skip
         config = default_chunk_attention_config(capability, dtypes[dtype], dim, chunk)
-        signature = {"q_ptr": f"*{dtype}", "k_ptr": f"*{dtype}", "cu_seqlens_ptr": "*i32", "out_ptr": "*fp32"}
-        signature |= {"num_seqs": "i32", "chunk": "i32", "scale": "fp32"}
-        constants = {"NUM_KV_HEADS": 8, "GROUP": 4, "DIM": dim, "DIM_PADDED": dim, "REDUCTION": "sum"}
-        constants |= {"QUERIES": config.queries, "KEYS": config.keys, "ONE_BLOCK": chunk <= config.keys}
+        signature = {"q_ptr": f"*{dtype}", "k_ptr": f"*{dtype}", "v_ptr": f"*{dtype}"}
+        signature |= {"cu_seqlens_ptr": "*i32", "out_ptr": "*fp32", "num_seqs": "i32", "chunk": "i32", "scale": "fp32"}
+        constants = {"NUM_KV_HEADS": 8, "GROUP": 4, "DIM": dim, "DIM_PADDED": dim, "V_DIM": dim}
+        constants |= {
+            "REDUCTION": "sum",
+            "QUERIES": config.queries,
+            "KEYS": config.keys,
+            "ONE_BLOCK": chunk <= config.keys,
+        }
         label = f"chunk attention {dtype} D{dim} chunk {chunk}"
         yield _chunk_attention_kernel, signature, constants, config.num_warps, config.num_stages, label

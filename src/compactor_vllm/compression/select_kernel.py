@@ -22,11 +22,11 @@ import triton.language as tl
 from torch import Tensor
 
 from compactor_vllm.compression.kernel_blocks import blocks_before, locate_block, max_blocks
+from compactor_vllm.compression.select_math import BINS, find_limit, order_in_tile, scan_tallies, tile_keys
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import check_tensor
 
 _TILE = 2048  # pairs that a program looks at
-_BINS: tl.constexpr = tl.constexpr(2048)
 _MAX_HEADS = 64
 
 
@@ -81,7 +81,7 @@ class _Search:
         block = max(16, _TILE // padded)
         self.blocks = max_blocks(self.num_tokens, self.num_seqs, block)
         groups = self.num_seqs * self.splits
-        self.histograms = torch.zeros(3, groups, _BINS.value, dtype=torch.int32, device=self.device)
+        self.histograms = torch.zeros(3, groups, BINS.value, dtype=torch.int32, device=self.device)
         self.limits = torch.empty(groups, 2, dtype=torch.int32, device=self.device)
         self.tallies = torch.empty(self.blocks, self.num_kv_heads, 2, dtype=torch.int32, device=self.device)
         self.floor = floor
@@ -157,55 +157,6 @@ def _check(
 
 
 @triton.jit
-def _tile_keys(
-    scores_ptr, protected_ptr, floor_ptr, sequence, begin, end, first_head,
-    NUM_KV_HEADS: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_FLOOR: tl.constexpr,
-):  # fmt: skip
-    """uint32 keys [BLOCK, HEADS_PADDED] of tokens begin.. and heads first_head.., and which of them exist."""
-    token = begin + tl.arange(0, BLOCK)
-    lane = tl.arange(0, HEADS_PADDED)
-    head = first_head + lane
-    valid = (token < end)[:, None] & (lane < HEADS)[None, :]
-    place = token.to(tl.int64)[:, None] * NUM_KV_HEADS + head[None, :]
-    score = tl.load(scores_ptr + place, mask=valid, other=0.0)
-    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
-    key = tl.where(bits < 0, ~bits, bits | -2147483648).to(tl.uint32, bitcast=True)
-    top = tl.full((BLOCK, HEADS_PADDED), 0xFFFFFFFF, tl.uint32)
-    key = tl.where(score != score, top ^ top, key)
-    forced = tl.load(protected_ptr + token, mask=token < end, other=0).to(tl.int1)
-    key = tl.where(forced[:, None], top, key)
-    if HAS_FLOOR:
-        cell = (sequence * NUM_KV_HEADS + head) * 2
-        floor_key = tl.load(floor_ptr + cell, mask=lane < HEADS, other=-1).to(tl.uint32, bitcast=True)[None, :]
-        floor_token = tl.load(floor_ptr + cell + 1, mask=lane < HEADS, other=-1)
-        wins = (key > floor_key) | ((key == floor_key) & (token[:, None] <= floor_token[None, :]))
-        key = tl.where(wins, top, key)
-    return key, valid
-
-
-@triton.jit
-def _find_digit(histogram_ptr, need):
-    """The bin in which the `need`-th largest pair lies, and how many pairs lie in the bins above."""
-    counts = tl.load(histogram_ptr + tl.arange(0, _BINS))
-    from_here = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts
-    reached = from_here >= need
-    above = tl.max(tl.where(reached, 0, from_here), 0)
-    return tl.maximum(tl.sum(reached.to(tl.int32), 0) - 1, 0), above
-
-
-@triton.jit
-def _find_limit(histograms_ptr, groups, group, need, DIGITS: tl.constexpr):
-    """Leading digits of the `need`-th largest key (int32 bits), and how many pairs with these digits are needed."""
-    limit = 0
-    for digit in tl.static_range(DIGITS):
-        found, above = _find_digit(histograms_ptr + (digit * groups + group).to(tl.int64) * _BINS, need)
-        need -= above
-        limit = (limit << (10 if digit == 2 else 11)) | found
-    return limit, need
-
-
-@triton.jit
 def _histogram_kernel(
     scores_ptr, protected_ptr, cu_seqlens_ptr, floor_ptr, keep_ptr, histograms_ptr, num_seqs, groups,
     NUM_KV_HEADS: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, BLOCK: tl.constexpr,
@@ -219,12 +170,12 @@ def _histogram_kernel(
         need = tl.load(keep_ptr + sequence).to(tl.int32) * HEADS
         begin = tl.load(cu_seqlens_ptr + sequence) + (tl.program_id(0) - first_block) * BLOCK
         end = tl.load(cu_seqlens_ptr + sequence + 1)
-        key, valid = _tile_keys(
+        key, valid = tile_keys(
             scores_ptr, protected_ptr, floor_ptr, sequence, begin, end, split * HEADS,
             NUM_KV_HEADS, HEADS, HEADS_PADDED, BLOCK, HAS_FLOOR,
         )  # fmt: skip
         if DIGIT > 0:
-            limit, need = _find_limit(histograms_ptr, groups, group, need, DIGIT)
+            limit, need = find_limit(histograms_ptr, groups, group, need, DIGIT)
             leading = (key >> (21 if DIGIT == 1 else 10)).to(tl.int32, bitcast=True)
             valid = valid & (leading == limit)
         if DIGIT == 0:
@@ -236,9 +187,9 @@ def _histogram_kernel(
         # Other pairs are counted in bin 0 and taken out again: `tl.histogram(mask=...)` miscounts on GPUs (triton 3.6).
         others = BLOCK * HEADS_PADDED - tl.sum(tl.sum(valid.to(tl.int32), 1), 0)
         digit = tl.reshape(tl.where(valid, digit.to(tl.int32), 0), (BLOCK * HEADS_PADDED,))
-        bins = tl.arange(0, _BINS)
-        counts = tl.histogram(digit, _BINS) - tl.where(bins == 0, others, 0)
-        target = histograms_ptr + (DIGIT * groups + group).to(tl.int64) * _BINS + bins
+        bins = tl.arange(0, BINS)
+        counts = tl.histogram(digit, BINS) - tl.where(bins == 0, others, 0)
+        target = histograms_ptr + (DIGIT * groups + group).to(tl.int64) * BINS + bins
         tl.atomic_add(target, counts, mask=counts > 0, sem="relaxed")
 
 
@@ -256,12 +207,12 @@ def _tally_kernel(
         split = tl.program_id(1)
         group = sequence * (NUM_KV_HEADS // HEADS) + split
         keep = tl.load(keep_ptr + sequence).to(tl.int32) * HEADS
-        limit, need = _find_limit(histograms_ptr, groups, group, keep, 3)
+        limit, need = find_limit(histograms_ptr, groups, group, keep, 3)
         limit = tl.where(keep > 0, limit, -1)
         need = tl.where(keep > 0, need, 0)
         begin = tl.load(cu_seqlens_ptr + sequence) + (block - first_block) * BLOCK
         end = tl.load(cu_seqlens_ptr + sequence + 1)
-        key, valid = _tile_keys(
+        key, valid = tile_keys(
             scores_ptr, protected_ptr, floor_ptr, sequence, begin, end, split * HEADS,
             NUM_KV_HEADS, HEADS, HEADS_PADDED, BLOCK, HAS_FLOOR,
         )  # fmt: skip
@@ -275,52 +226,6 @@ def _tally_kernel(
         if block == first_block:
             tl.store(limits_ptr + group * 2, limit)
             tl.store(limits_ptr + group * 2 + 1, need)
-
-
-@triton.jit
-def _scan_tallies(
-    tallies_ptr, first_block, num_blocks, me, first_head, need,
-    NUM_KV_HEADS: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, SCAN: tl.constexpr,
-):  # fmt: skip
-    """Sums over a group's blocks.
-
-    Returns:
-        cut: the block with the `need`-th pair at the limit; earlier ones keep all of theirs, later ones none.
-        rest: how many of its pairs at the limit the cut block keeps.
-        total, before: [HEADS_PADDED], pairs kept by all blocks, and by those before block `me`; the cut block's pairs
-            at the limit are not in them.
-    """
-    lane = tl.arange(0, HEADS_PADDED)
-    total = tl.zeros((HEADS_PADDED,), tl.int32)
-    before = tl.zeros((HEADS_PADDED,), tl.int32)
-    cut = 0
-    taken = 0
-    seen = 0
-    for start in range(0, num_blocks, SCAN):
-        block = start + tl.arange(0, SCAN)
-        valid = (block < num_blocks)[:, None] & (lane < HEADS)[None, :]
-        source = (
-            tallies_ptr + ((first_block + block).to(tl.int64)[:, None] * NUM_KV_HEADS + first_head + lane[None, :]) * 2
-        )
-        above = tl.load(source, mask=valid, other=0)
-        equal = tl.load(source + 1, mask=valid, other=0)
-        ends = seen + tl.cumsum(tl.sum(equal, 1), 0)
-        whole = (ends < need) & (block < num_blocks)
-        kept = above + tl.where(whole[:, None], equal, 0)
-        total += tl.sum(kept, 0)
-        before += tl.sum(tl.where((block < me)[:, None], kept, 0), 0)
-        cut += tl.sum(whole.to(tl.int32), 0)
-        taken = tl.maximum(taken, tl.max(tl.where(whole, ends, 0), 0))
-        seen += tl.sum(tl.sum(equal, 1), 0)
-    return cut, need - taken, total, before
-
-
-@triton.jit
-def _order_in_tile(flags):
-    """Number of earlier flags in (token, head) order, int32 of the same [BLOCK, HEADS_PADDED]."""
-    flags = flags.to(tl.int32)
-    rows = tl.sum(flags, 1)
-    return (tl.cumsum(rows, 0) - rows)[:, None] + tl.cumsum(flags, 1) - flags
 
 
 @triton.jit
@@ -338,14 +243,14 @@ def _floor_cut_kernel(
     group = sequence * NUM_KV_HEADS + head
     limit = tl.load(limits_ptr + group * 2)
     need = tl.load(limits_ptr + group * 2 + 1)
-    cut, rest, _, _ = _scan_tallies(tallies_ptr, first_block, num_blocks, 0, head, need, NUM_KV_HEADS, 1, 1, SCAN)
+    cut, rest, _, _ = scan_tallies(tallies_ptr, first_block, num_blocks, 0, head, need, NUM_KV_HEADS, 1, 1, SCAN)
     begin += cut * BLOCK
-    key, valid = _tile_keys(
+    key, valid = tile_keys(
         scores_ptr, protected_ptr, limits_ptr, sequence, begin, end, head, NUM_KV_HEADS, 1, 1, BLOCK, False
     )
     equal = valid & (key == limit.to(tl.uint32, bitcast=True))
     token = begin + tl.arange(0, BLOCK)
-    last = tl.max(tl.max(tl.where(equal & (_order_in_tile(equal) < rest), token[:, None], -1), 1), 0)
+    last = tl.max(tl.max(tl.where(equal & (order_in_tile(equal) < rest), token[:, None], -1), 1), 0)
     tl.store(cuts_ptr + group * 2, limit)
     tl.store(cuts_ptr + group * 2 + 1, last)
 
@@ -369,24 +274,24 @@ def _write_kernel(
         end = tl.load(cu_seqlens_ptr + sequence + 1)
         num_blocks = tl.maximum((end - first_token + BLOCK - 1) // BLOCK, 1)
         me = block - first_block
-        cut, rest, total, before = _scan_tallies(
+        cut, rest, total, before = scan_tallies(
             tallies_ptr, first_block, num_blocks, me, first_head, need, NUM_KV_HEADS, HEADS, HEADS_PADDED, SCAN
         )
-        key, valid = _tile_keys(
+        key, valid = tile_keys(
             scores_ptr, protected_ptr, floor_ptr, sequence, first_token + cut * BLOCK, end, first_head,
             NUM_KV_HEADS, HEADS, HEADS_PADDED, BLOCK, HAS_FLOOR,
         )  # fmt: skip
         equal = valid & (key == limit_key)
-        partial = tl.sum((equal & (_order_in_tile(equal) < rest)).to(tl.int32), 0)
+        partial = tl.sum((equal & (order_in_tile(equal) < rest)).to(tl.int32), 0)
         total += partial
         before += tl.where(cut < me, partial, 0)
         begin = first_token + me * BLOCK
-        key, valid = _tile_keys(
+        key, valid = tile_keys(
             scores_ptr, protected_ptr, floor_ptr, sequence, begin, end, first_head,
             NUM_KV_HEADS, HEADS, HEADS_PADDED, BLOCK, HAS_FLOOR,
         )  # fmt: skip
         equal = valid & (key == limit_key)
-        equal = equal & ((me < cut) | ((me == cut) & (_order_in_tile(equal) < rest)))
+        equal = equal & ((me < cut) | ((me == cut) & (order_in_tile(equal) < rest)))
         kept = equal | (valid & (key > limit_key))
         lane = tl.arange(0, HEADS_PADDED)
         pair = 0

@@ -1,4 +1,4 @@
-"""Triton epilogue of scores: pooling, value weighting, z-score and blend.
+"""Triton epilogue of scores: pooling, z-score and blend.
 
 Pass one pools and takes the moments of every block of tokens, pass two merges the moments of a block's domain and
 transforms it. Moments are float64 and are merged in a fixed order, so that the result is the same in every run; blocks
@@ -20,10 +20,9 @@ from torch import Tensor
 from compactor_vllm.compression.kernel_blocks import WHOLE, block_tokens, locate_block, max_blocks
 from compactor_vllm.compression.reference import MIN_STD, ZSCORE_DOMAINS
 from compactor_vllm.errors import InvalidInputError
-from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_tensor
+from compactor_vllm.kv_cache.checks import check_tensor
 
 _TILE = 2048
-_ROWS = 32
 
 
 def standardize(
@@ -104,26 +103,6 @@ def standardize(
     return out_TK
 
 
-def weight_by_value_norm(x_TK: Tensor, v_TKD: Tensor) -> None:
-    """x *= length of the value vector, in place.
-
-    Raises:
-        InvalidInputError: an argument is wrong.
-    """
-    check_tensor("x_TK", x_TK, (None, None), (torch.float32,))
-    check_tensor("v_TKD", v_TKD, (*x_TK.shape, None), FLOAT_TYPES, x_TK.device)
-    if x_TK.numel():
-        _value_norm_kernel[(triton.cdiv(x_TK.numel(), _ROWS),)](
-            x_TK,
-            v_TKD,
-            x_TK.numel(),
-            DIM=v_TKD.shape[2],
-            DIM_PADDED=triton.next_power_of_2(v_TKD.shape[2]),
-            ROWS=_ROWS,
-            num_warps=4,
-        )
-
-
 def _check(
     x_TK: Tensor,
     cu_seqlens_B1: Tensor,
@@ -155,7 +134,7 @@ def _check(
 
 @triton.jit
 def _store_moments(target_ptr, x, counted, HEADS_PADDED: tl.constexpr, PER_HEAD: tl.constexpr):
-    """Count, sum and sum of squares about zero-th moments' mean of the counted elements, per head or of all."""
+    """Count, mean and sum of squared deviations of the counted elements, per head or of all heads."""
     lane = tl.arange(0, HEADS_PADDED)
     ones = counted.to(tl.float64)
     wide = x.to(tl.float64) * ones
@@ -272,21 +251,11 @@ def _apply_kernel(
         tl.store(out_ptr + place, y, mask=valid)
 
 
-@triton.jit
-def _value_norm_kernel(x_ptr, v_ptr, num_rows, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, ROWS: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    dims = tl.arange(0, DIM_PADDED)
-    mask = (row < num_rows)[:, None] & (dims < DIM)[None, :]
-    v = tl.load(v_ptr + row[:, None] * DIM + dims[None, :], mask=mask, other=0.0).to(tl.float32)
-    x = tl.load(x_ptr + row, mask=row < num_rows)
-    tl.store(x_ptr + row, x * tl.sqrt(tl.sum(v * v, 1)), mask=row < num_rows)
-
-
 def aot_signatures() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int, str]]:
     """Configurations for ahead-of-time compilation: (kernel, signature, constexprs, warps, stages, label)."""
     special = {"cu_seqlens_ptr": "*i32", "counted_ptr": "*i1", "moments_ptr": "*fp64", "weight": "fp32"}
     for num_kv_heads in (8, 4, 2, 1):
-        shape = {"NUM_KV_HEADS": num_kv_heads, "HEADS_PADDED": num_kv_heads, "PER_HEAD": False, "HAS_COUNTED": False}
+        shape = {"NUM_KV_HEADS": num_kv_heads, "HEADS_PADDED": num_kv_heads, "PER_HEAD": False, "HAS_COUNTED": True}
         apply = {"WEIGHT_PER_SEQUENCE": False, "STANDARDIZE": True, "MIN_STD": MIN_STD, "SCAN": 64}
         runs = (
             (_moments_kernel, {"POOL": False, "BLOCK": _TILE // num_kv_heads}, "leverage"),
@@ -299,6 +268,3 @@ def aot_signatures() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int,
             names = [name for name in kernel.arg_names if name not in constants]
             signature = {name: special.get(name) or ("*fp32" if name.endswith("_ptr") else "i32") for name in names}
             yield kernel, signature, constants, 4, 1, f"{kernel.__name__} {label} K{num_kv_heads}"
-    constants = {"DIM": 128, "DIM_PADDED": 128, "ROWS": _ROWS}
-    signature = {"x_ptr": "*fp32", "v_ptr": "*bf16", "num_rows": "i32"}
-    yield _value_norm_kernel, signature, constants, 4, 1, "_value_norm_kernel bf16 D128"
