@@ -114,7 +114,7 @@ def _unprotected(spans: tuple[SequenceSpan, ...], device: torch.device) -> Tenso
     counted_T = torch.ones(spans[-1].end, dtype=torch.bool)
     for span in spans:
         for begin, end in span.protected:
-            counted_T[span.begin + begin : span.begin + end] = False
+            counted_T[span.begin + begin : min(span.begin + end, span.end)] = False
     return counted_T.to(device)
 
 

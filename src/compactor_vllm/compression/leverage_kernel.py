@@ -182,7 +182,7 @@ def _leverage_kernel(
         mean, gram = chunk_moments(
             k_ptr, phi_ptr, begin, end, head, NUM_KV_HEADS, DIM, DIM_PADDED, COLUMNS, PADDED, KEY_TERMS, PHI_TERMS, ROWS
         )
-        whitener = whitening(gram, ridge, COLUMNS, PADDED)
+        whitener = whitening(gram, mean, end - begin, ridge, COLUMNS, PADDED)
         store_leverage(
             k_ptr, phi_ptr, out_ptr, begin, end, head, mean, whitener,
             NUM_KV_HEADS, DIM, DIM_PADDED, PADDED, KEY_TERMS, PHI_TERMS, PROJECT, ROWS,
@@ -248,7 +248,7 @@ def _factor_kernel(
             offset = tl.load(vector) - mean
             gram += tl.load(matrix) + count * offset[:, None] * offset[None, :]
         matrix, vector = _matrix_pointers(factors_ptr, index, head, NUM_KV_HEADS, PADDED)
-        tl.store(matrix, whitening(gram, ridge, COLUMNS, PADDED))
+        tl.store(matrix, whitening(gram, mean, end - begin, ridge, COLUMNS, PADDED))
         tl.store(vector, mean)
 
 

@@ -137,18 +137,18 @@ def chunk_moments(
 
 
 @triton.jit
-def whitening(gram, ridge, COLUMNS: tl.constexpr, PADDED: tl.constexpr):
+def whitening(gram, mean, count, ridge, COLUMNS: tl.constexpr, PADDED: tl.constexpr):
     """W = D^-1/2 L⁻¹ of gram + ridge = L D Lᵀ, as a [PADDED, PADDED] matrix (rows beyond COLUMNS are zero).
 
-    Elimination in place: step j leaves row j of L⁻¹ left of the diagonal and the pivot on it. A pivot that is rounding
-    noise beside its diagonal ends its direction.
+    Elimination in place: step j leaves row j of L⁻¹ left of the diagonal and the pivot on it. A pivot ends its direction
+    when it is rounding noise beside its diagonal, or beside the mean that `count` sketches were centred by.
     """
     row = tl.arange(0, PADDED)
     on_diagonal = row[:, None] == row[None, :]
     diagonal = tl.sum(tl.where(on_diagonal, gram, 0.0), 0)
     ridge += tl.sum(diagonal, 0) / COLUMNS * 1e-10 + 1e-20
     a = gram + tl.where(on_diagonal, ridge, 0.0)
-    smallest = (diagonal + ridge) * 1e-6
+    smallest = (diagonal + ridge) * 1e-6 + count.to(tl.float32) * mean * mean * 1e-13
     for j in range(COLUMNS):
         pivot_row = tl.sum(tl.where((row == j)[:, None], a, 0.0), 0)
         pivot = tl.sum(tl.where(row == j, pivot_row, 0.0), 0)
