@@ -16,6 +16,8 @@ import site
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -190,7 +192,7 @@ def sdpa_calls(batch: Batch) -> dict[str, Call]:
     borders = batch.cu.tolist()
     rows = [
         [x[begin:end].transpose(0, 1)[None].contiguous() for x in (batch.q, batch.k, batch.v)]
-        for begin, end in zip(borders, borders[1:], strict=False)
+        for begin, end in pairwise(borders)
     ]
 
     def run(backend: SDPBackend) -> None:
@@ -198,7 +200,7 @@ def sdpa_calls(batch: Batch) -> dict[str, Call]:
             for q, k, v in rows:
                 scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-    return {name: lambda backend=backend: run(backend) for name, backend in SDPA.items()}
+    return {name: partial(run, backend) for name, backend in SDPA.items()}
 
 
 def peer_calls(batch: Batch) -> dict[str, Call]:
@@ -231,7 +233,7 @@ def peer_calls(batch: Batch) -> dict[str, Call]:
 
 def measure(batch: Batch, configs: list[PrefillConfig], budget_ms: float) -> dict[str, Any]:
     """TFLOP/s of each configuration and peer; a text where one cannot run."""
-    calls: dict[str, Call] = {name_of(c): lambda c=c: batch.run(c) for c in configs}
+    calls: dict[str, Call] = {name_of(config): partial(batch.run, config) for config in configs}
     if batch.prefix is None:
         calls |= peer_calls(batch)
     row: dict[str, Any] = {}
@@ -292,8 +294,7 @@ def main() -> None:
     rows.append({"case": "16 x 1k-16k", **measure(make_batch(lengths), [best], budget_ms)})
     for new, mean, differ in PREFIXES:
         batch = make_batch([new], [kept_lens(mean, differ)])
-        call = batch.run
-        speed = round(batch.tflops(call, budget_ms), 1)
+        speed = round(batch.tflops(batch.run, budget_ms), 1)
         microseconds = round(4 * batch.work * HEADS * HEAD_DIM / speed / 1e6, 1)
         case = f"{new} after {mean} {'ragged' if differ else 'equal'}"
         rows.append({"case": case, "default": speed, "us": microseconds})

@@ -60,6 +60,6 @@ def dense_prefill(
                 out[q0:q1, h] = s_NL.softmax(-1) @ v_LD.double()
                 lse[q0:q1, h] = s_NL.logsumexp(-1)
             else:
-                rows = (x[None, None].contiguous() for x in (q_ND, k_LD, v_LD))
-                out[q0:q1, h] = scaled_dot_product_attention(*rows, attn_mask=visible_NL, scale=scale)[0, 0].double()
+                q, k, v = (x[None, None].contiguous() for x in (q_ND, k_LD, v_LD))
+                out[q0:q1, h] = scaled_dot_product_attention(q, k, v, attn_mask=visible_NL, scale=scale)[0, 0].double()
     return out, lse

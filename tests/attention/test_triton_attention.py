@@ -67,7 +67,8 @@ def check(
     )
     exact, exact_lse = dense_prefill(q_THD, k_TKD, v_TKD, cu_k, scale, prefix, cu_q)
     torch_out, _ = dense_prefill(q_THD, k_TKD, v_TKD, cu_k, scale, prefix, cu_q, exact=False)
-    yardstick = relative_error(torch_out[:used], exact[:used])
+    # The hardware's exponential alone is good to some 2e-7.
+    yardstick = max(relative_error(torch_out[:used], exact[:used]), 5e-7)
     assert relative_error(out[:used], exact[:used]) <= 2 * yardstick
     tolerance = 1e-5 if dtype == torch.float32 or DEVICE.type == "cpu" else 2e-3
     torch.testing.assert_close(lse[:used].double(), exact_lse[:used], rtol=0, atol=tolerance)
@@ -105,6 +106,15 @@ def ragged(page_size: int, dtype: torch.dtype = torch.float16, D: int = 16) -> t
 @pytest.mark.parametrize(("page_size", "block_n"), [(16, 16), (32, 16), (16, 32)])
 def test_ragged_prefix(page_size: int, block_n: int, tma: bool) -> None:
     check([2, 9, 18, 1], 4, 2, 16, prefix=ragged(page_size), config=small(block_n=block_n, tma=tma))
+
+
+def test_empty_heads_and_missing_segments_read_no_page() -> None:
+    case, _ = ragged(16)
+    cache = case.cache
+    begin_SK = torch.where(cache.seg_lens_SK > 0, cache.head_begin_SK, 2**30)
+    begin_SK[0] = 2**30
+    wild = RaggedCase(replace(cache, head_begin_SK=begin_SK), case.keys, case.values)
+    check([4, 3], 2, 2, 16, prefix=(wild, segments_table([[-1, 4, 3], [4]], DEVICE, columns=3)), config=small())
 
 
 @pytest.mark.parametrize("num_splits", [2, 8])
@@ -263,8 +273,11 @@ def test_default_configurations(page_size: int | None, head_dim: int, dtype: tor
         kept = [[0, 1], [page_size - 1, page_size], [page_size + 1, 1000], [517, 3]]
         case = make_case(kept, head_dim=head_dim, page_size=page_size, dtype=dtype, device=DEVICE)
         prefix = case, segments_table([[0, 1], [2, 3, 1], [], [2], [3]], DEVICE)
-    for options in ({}, {"num_splits": 4}) if page_size is not None else ({},):
-        check([300, 1, 0, 129, 700], 8, 2, head_dim, dtype, prefix=prefix, scale=head_dim**-0.5, **options)
+    for num_splits in (None,) if page_size is None else (None, 4):
+        check(
+            [300, 1, 0, 129, 700], 8, 2, head_dim, dtype,
+            prefix=prefix, scale=head_dim**-0.5, num_splits=num_splits,
+        )  # fmt: skip
 
 
 @pytest.mark.gpu

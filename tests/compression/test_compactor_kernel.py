@@ -52,10 +52,13 @@ def error(got: torch.Tensor, want: np.ndarray) -> float:
     return float(np.linalg.norm(wide(got) - want) / max(np.linalg.norm(want), 1e-30))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("chunk", [16, 24, None])
-def test_leverage(device: torch.device, dtype: torch.dtype, chunk: int | None) -> None:
-    """Chunks shorter and longer than a program's share, with a sketch that one term holds and with one that needs three."""
+@pytest.mark.parametrize(
+    ("chunk", "dtype"),
+    [(16, torch.float32), (24, torch.float16), (40, torch.bfloat16), (None, torch.float32)],
+)
+def test_leverage(device: torch.device, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, chunk: int | None) -> None:
+    """Chunks shorter and longer than a program's share; a sketch that one term holds, and one that needs three."""
+    monkeypatch.setattr(leverage, "_INTERPRETER_TERM", torch.float16)
     _, k, _ = ref.qkv(sum(LENGTHS), 2, 2, 20)
     k = k.to(device, dtype)
     phi = torch.randn(20, 12, device=device)
@@ -113,20 +116,25 @@ def test_sequences_do_not_touch_each_other(device: torch.device) -> None:
         assert torch.equal(before[others], after[others])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("chunk", "reduction"), [(16, "sum"), (32, "mean"), (40, "max"), (100, "sum")])
-def test_chunk_attention(device: torch.device, dtype: torch.dtype, chunk: int, reduction: str) -> None:
-    heads = (6, 2) if dtype == torch.float32 else (2, 1)
-    q, k, v = (x.to(device, dtype) for x in ref.qkv(sum(LENGTHS), *heads, 20))
-    got = attention.chunk_attention_scores(
-        q, k, borders_of(LENGTHS, device), chunk=chunk, scale=0.7, reduction=reduction
-    )
-    want = per_sequence(LENGTHS, lambda a, b: ref.np_chunk_attention(a, b, chunk, 0.7, reduction), wide(q), wide(k))
-    assert error(got, want) < 2e-5
-    weighted = attention.chunk_attention_scores(
-        q, k, borders_of(LENGTHS, device), chunk=chunk, scale=0.7, reduction=reduction, v_TKD=v
-    )
-    assert error(weighted, want * np.linalg.norm(wide(v), axis=-1)) < 2e-5
+@pytest.mark.parametrize(
+    ("chunk", "reduction", "heads", "dtype", "weighted"),
+    [
+        (16, "sum", (6, 2), torch.float32, False),
+        (32, "mean", (2, 1), torch.bfloat16, True),
+        (40, "max", (3, 1), torch.float32, True),
+        (100, "sum", (1, 1), torch.float16, False),
+    ],
+)
+def test_chunk_attention(
+    device: torch.device, chunk: int, reduction: str, heads: tuple[int, int], dtype: torch.dtype, weighted: bool
+) -> None:
+    """Chunks of one and of several blocks of keys, group sizes 1 to 3, with and without the lengths of values."""
+    lengths = [0, 1, 50, 33]
+    q, k, v = (x.to(device, dtype) for x in ref.qkv(sum(lengths), *heads, 20))
+    options = {"chunk": chunk, "scale": 0.7, "reduction": reduction, "v_TKD": v if weighted else None}
+    got = attention.chunk_attention_scores(q, k, borders_of(lengths, device), **options)
+    want = per_sequence(lengths, lambda a, b: ref.np_chunk_attention(a, b, chunk, 0.7, reduction), wide(q), wide(k))
+    assert error(got, want * np.linalg.norm(wide(v), axis=-1) if weighted else want) < 2e-5
 
 
 def test_chunk_attention_with_extreme_logits(device: torch.device) -> None:
@@ -201,7 +209,7 @@ def test_equal_scores_standardize_to_zero(device: torch.device) -> None:
     ids=["default", "paper", "sequence", "attention only", "leverage only"],
 )
 def test_whole_method(device: torch.device, method: Compactor) -> None:
-    lengths, protected = [1, 50, 35], ((0, 1), (20, 60))
+    lengths, protected = [1, 40, 25], ((0, 1), (20, 60))
     method = dataclasses.replace(method, attention_chunk=min(method.attention_chunk, 32))
     context = ref.context_for(lengths, 4, 2, 16, retention=0.4, sketch_size=12, chunk_size=24, protected=protected)
     q, k, v = ref.qkv(sum(lengths), 4, 2, 16)

@@ -195,18 +195,18 @@ def _prefill_pairs(
     new_row = _borders(lens_P).long()[pair] + pairs.lens_P[pair] + place
     is_new = torch.zeros(num_new + pairs.page_N.shape[0], dtype=torch.bool, device=q_THD.device)
     is_new[new_row] = True
-    keys_and_values = []
+    gathered = []
     for packed_TKD, pages_PRD in ((k_TKD, prefix.cache.k_pages_PRD), (v_TKD, prefix.cache.v_pages_PRD)):
         rows_ND = packed_TKD.new_empty(is_new.shape[0], D)
         rows_ND[is_new] = packed_TKD[new_token, new_head]
         rows_ND[~is_new] = pages_PRD[pairs.page_N, pairs.row_N]
-        keys_and_values.append(rows_ND[:, None])
+        gathered.append(rows_ND[:, None])
     pair, place = _rows_of(q_lens_P, num_queries)
     token, head = cu_q.long()[pair // K] + place, pair % K
     q_NQD = q_THD.unflatten(1, (K, H // K))[token, head]
-    rows, rows_lse = varlen(
-        q_NQD, *keys_and_values, _borders(q_lens_P), _borders(lens_P), max(2, longest_q), longest_k, scale, True
-    )  # fmt: skip
+    k_N1D, v_N1D = gathered
+    cu_pairs_q, cu_pairs_k = _borders(q_lens_P), _borders(lens_P)
+    rows, rows_lse = varlen(q_NQD, k_N1D, v_N1D, cu_pairs_q, cu_pairs_k, max(2, longest_q), longest_k, scale, True)
     out.unflatten(1, (K, H // K))[token, head] = rows
     if lse is not None:
         lse.view(T, K, H // K)[token, head] = rows_lse.T

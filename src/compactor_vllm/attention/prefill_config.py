@@ -23,7 +23,7 @@ class PrefillConfig:
         block_m: query rows of a program.
         block_n: tokens of a K or V tile.
         num_warps, num_stages: of a program; a stage is one K and one V tile in shared memory.
-        tma: copy tiles with the bulk copy engine (sm_90 and newer).
+        tma: copy tiles with the bulk copy engine (sm_90 and newer), where alignment and page size allow.
     """
 
     block_m: int
@@ -75,11 +75,13 @@ def _tiles(capability: tuple[int, int], dtype: torch.dtype, block_d: int, has_pr
     if dtype == torch.float32:
         if block_d <= 64:
             return config(64, 32, 4, 1)
-        return config(32, 32, 4, 1) if block_d <= 128 else config(32, 16, 8, 1)
+        return config(32, 32, 4, 1) if block_d <= 128 else config(32, 16, 4, 1)
     if capability < (9, 0) or capability in _SMALL_SHARED_MEMORY:
+        if block_d > 128:
+            return config(64, 16 if has_prefix else 32, 8, 2)
         if block_d == 128 and has_prefix and capability != (8, 0):
             return config(64, 32, 4, 3)
-        return config(128, 32, 8, 3) if block_d <= 128 else config(64, 32, 8, 2)
+        return config(128, 32, 8, 3)
     if capability < (10, 0):
         return config(128, 128, 8, 3) if block_d <= 128 else config(128, 32, 8, 3)
     if block_d <= 128:

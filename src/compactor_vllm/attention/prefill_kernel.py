@@ -264,7 +264,9 @@ def prefill_kernel(
             slot = tl.load(slots_ptr + g)
             row = tl.maximum(slot, 0).to(tl.int64)
             length = tl.where(slot >= 0, tl.load(seg_lens_ptr + row * stride_lens + kv_head), 0)
-            table_ptr = page_table_ptr + tl.load(head_begin_ptr + row * stride_begin + kv_head)
+            # An empty head's place in the table means nothing, and its first entry is looked up all the same.
+            place = tl.where(length > 0, tl.load(head_begin_ptr + row * stride_begin + kv_head), 0)
+            table_ptr = page_table_ptr + place
             tiles = tl.cdiv(length, BLOCK_N)
             begin = (tiles * split >> log_splits) * BLOCK_N
             end = tl.minimum((tiles * (split + 1) >> log_splits) * BLOCK_N, length)

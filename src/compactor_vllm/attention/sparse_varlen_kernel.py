@@ -158,6 +158,7 @@ def _launch(
         tiled |= {"k_pages": prefix.cache.k_pages_PRD, "v_pages": prefix.cache.v_pages_PRD}
     tma = config.tma and page_size % config.block_n == 0 and all(map(_bulk_copyable, tiled.values()))
     block = [1, config.block_n, padded_head_dim(D)]
+    splits = out_STHD.shape[0]
     descriptors = {
         f"{n}_desc": TensorDescriptor(x, list(x.shape), list(x.stride()), block) if tma else None
         for n, x in tiled.items()
@@ -167,9 +168,11 @@ def _launch(
         stride_q_row=q_THD.stride(0), stride_q_head=q_THD.stride(1),
         stride_k_row=k_TKD.stride(0), stride_k_head=k_TKD.stride(1),
         stride_v_row=v_TKD.stride(0), stride_v_head=v_TKD.stride(1),
-        stride_out_row=out_STHD.stride(1), stride_out_head=out_STHD.stride(2), stride_out_split=out_STHD.stride(0),
-        stride_lse_row=H, stride_lse_split=0 if lse_STH is None else lse_STH.stride(0),
-        log_splits=out_STHD.shape[0].bit_length() - 1, qk_scale=scale * _LOG2_E,
+        stride_out_row=out_STHD.stride(1), stride_out_head=out_STHD.stride(2), stride_lse_row=H,
+        # A whole batch's stride may need 64 bits, which would compile another kernel.
+        stride_out_split=out_STHD.stride(0) if splits > 1 else 0,
+        stride_lse_split=lse_STH.stride(0) if splits > 1 and lse_STH is not None else 0,
+        log_splits=splits.bit_length() - 1, qk_scale=scale * _LOG2_E,
         NUM_KV_HEADS=K, GROUP=H // K, D=D, BLOCK_D=block[2], BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         PAGE_SIZE=page_size, HAS_LSE=lse_STH is not None, TMA=tma, IEEE=q_THD.dtype == torch.float32,
         num_warps=config.num_warps, num_stages=config.num_stages,

@@ -242,7 +242,7 @@ def aot_signatures(
         config = default_chunk_attention_config(capability, dtypes[dtype], dim, chunk)
         signature = {"q_ptr": f"*{dtype}", "k_ptr": f"*{dtype}", "v_ptr": f"*{dtype}"}
         signature |= {"cu_seqlens_ptr": "*i32", "out_ptr": "*fp32", "num_seqs": "i32", "chunk": "i32", "scale": "fp32"}
-        constants = {"NUM_KV_HEADS": 8, "GROUP": 4, "DIM": dim, "DIM_PADDED": dim, "V_DIM": dim}
+        constants: dict[str, Any] = {"NUM_KV_HEADS": 8, "GROUP": 4, "DIM": dim, "DIM_PADDED": dim, "V_DIM": dim}
         constants |= {
             "REDUCTION": "sum",
             "QUERIES": config.queries,

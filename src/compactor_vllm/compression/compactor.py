@@ -86,7 +86,7 @@ class Compactor(BaseCompressionMethod):
         phi_DS = context.sketch(self.sketch_size)
         scores_TK = torch.zeros(k_TKD.shape[:2], dtype=torch.float32, device=k_TKD.device)
         for span in context.spans:
-            chunk = self._leverage_chunk(context)
+            chunk = self.leverage_tokens(context)
             leverage_NK = leverage_scores(k_TKD[span.begin : span.end], phi_DS, chunk, self.ridge)
             standard_NK = zscore(leverage_NK, self.leverage_zscore, chunk, self._counted(span, k_TKD.device))
             scores_TK[span.begin : span.end] = standard_NK * self._leverage_weight(span)
@@ -116,7 +116,8 @@ class Compactor(BaseCompressionMethod):
             received_NK *= v_NKD.float().norm(dim=-1)
         return pool_scores(received_NK.t(), self.pool, "avg").t()
 
-    def _leverage_chunk(self, context: ScoringContext) -> int | None:
+    def leverage_tokens(self, context: ScoringContext) -> int | None:
+        """Tokens of a chunk of o in this call; None for the whole sequence."""
         if self.leverage_chunk == "call":
             return context.chunk_size
         return None if self.leverage_chunk == "sequence" else int(self.leverage_chunk)

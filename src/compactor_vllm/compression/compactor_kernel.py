@@ -44,8 +44,7 @@ def pre_rope_scores(method: Compactor, k_TKD: Tensor, context: ScoringContext) -
     """
     if method.leverage_weight == 0:
         return None
-    chunk = context.chunk_size if method.leverage_chunk == "call" else method.leverage_chunk
-    chunk = None if chunk == "sequence" else chunk
+    chunk = method.leverage_tokens(context)
     phi_DS, borders_B1 = context.sketch(method.sketch_size), context.cu_seqlens
     leverage_TK = leverage_scores(k_TKD, phi_DS, borders_B1, chunk=chunk, ridge=method.ridge)
     weight = method.leverage_weight

@@ -36,6 +36,7 @@ from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_tensor
 
 MAX_COLUMNS = 127
 _BLOCK = 512  # tokens of a program of the long path
+_INTERPRETER_TERM = torch.float32  # Triton's interpreter has no bfloat16 products
 _KEY_TERMS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 
@@ -67,9 +68,7 @@ def leverage_scores(k_TKD: Tensor, phi_DS: Tensor, cu_seqlens_B1: Tensor, *, chu
     out_TK = torch.empty(num_tokens, num_kv_heads, dtype=torch.float32, device=k_TKD.device)
     if num_tokens == 0:
         return out_TK
-    # Triton's interpreter has no bfloat16 products.
-    term_dtype = torch.bfloat16 if k_TKD.is_cuda else torch.float16
-    phi = _sketch_terms(phi_DS, term_dtype)
+    phi = _sketch_terms(phi_DS, torch.bfloat16 if k_TKD.is_cuda else _INTERPRETER_TERM)
     unit = WHOLE if chunk is None else min(chunk, WHOLE)
     config = default_leverage_config(capability_of(k_TKD.device), k_TKD.dtype, dim, phi.shape[0] == 1)
     padded = phi.shape[1]
@@ -130,9 +129,11 @@ def default_leverage_config(
     small = dim <= 128 and dtype.itemsize == 2
     warpgroups = capability[0] in (9, 10)
     if warpgroups and small:
-        # Three terms of the sketch overflow the fused kernel's registers; Triton 3.7 cannot compile it for 10.0.
-        fused = capability[0] == 9 and exact_sketch
-        return LeverageConfig(rows=64, project=True, fused_chunk=1024 if fused else 0, num_stages=2)
+        # Wider heads, and more terms of keys or sketch, overflow the fused kernel's registers; Triton 3.7 cannot
+        # compile it for 10.0.
+        fused = capability[0] == 9 and exact_sketch and dtype == torch.bfloat16 and dim <= 64
+        rows = 64 if dtype == torch.bfloat16 else 32
+        return LeverageConfig(rows=rows, project=True, fused_chunk=1024 if fused else 0, num_stages=2)
     rows = 16 if dtype == torch.float32 and not warpgroups else 32
     fused_chunk = 1024 if capability == (0, 0) else 0
     num_stages = 2 if small and dtype == torch.bfloat16 else 1

@@ -140,8 +140,8 @@ def chunk_moments(
 def whitening(gram, mean, count, ridge, COLUMNS: tl.constexpr, PADDED: tl.constexpr):
     """W = D^-1/2 L⁻¹ of gram + ridge = L D Lᵀ, as a [PADDED, PADDED] matrix (rows beyond COLUMNS are zero).
 
-    Elimination in place: step j leaves row j of L⁻¹ left of the diagonal and the pivot on it. A pivot ends its direction
-    when it is rounding noise beside its diagonal, or beside the mean that `count` sketches were centred by.
+    Elimination in place: step j leaves row j of L⁻¹ left of the diagonal and the pivot on it. A pivot ends its
+    direction when it is rounding noise beside its diagonal, or beside the mean that `count` sketches were centred by.
     """
     row = tl.arange(0, PADDED)
     on_diagonal = row[:, None] == row[None, :]

@@ -27,6 +27,7 @@ from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import check_tensor
 
 _TILE = 2048  # pairs that a program looks at
+_SCAN = 512  # tallies that it adds up at once
 _MAX_HEADS = 64
 
 
@@ -119,7 +120,7 @@ class _Search:
             self.num_seqs,
             total_pairs,
             **self.constants,
-            SCAN=max(16, 1024 // self.constants["HEADS_PADDED"]),
+            SCAN=max(16, _SCAN // self.constants["HEADS_PADDED"]),
             num_warps=4,
         )
 
@@ -319,7 +320,7 @@ def aot_signatures() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int,
             (_histogram_kernel, {**shape, "HAS_FLOOR": False, "DIGIT": digit}) for digit in range(3)
         ]
         runs.append((_tally_kernel, {**shape, "HAS_FLOOR": False}))
-        runs.append((_write_kernel, {**shape, "HAS_FLOOR": False, "SCAN": max(16, 1024 // padded)}))
+        runs.append((_write_kernel, {**shape, "HAS_FLOOR": False, "SCAN": max(16, _SCAN // padded)}))
         if heads == 1:
             runs.append((_floor_cut_kernel, {"NUM_KV_HEADS": num_kv_heads, "BLOCK": block, "SCAN": 1024}))
         for kernel, constants in runs:
