@@ -127,14 +127,14 @@ def default_leverage_config(
 ) -> LeverageConfig:
     """The configuration for a card ((0, 0) is the interpreter), keys' type, head dimension and kind of sketch."""
     small = dim <= 128 and dtype.itemsize == 2
-    warpgroups = capability[0] in (9, 10)
-    if warpgroups and small:
-        # Wider heads, and more terms of keys or sketch, overflow the fused kernel's registers; Triton 3.7 cannot
-        # compile it for 10.0.
-        fused = capability[0] == 9 and exact_sketch and dtype == torch.bfloat16 and dim <= 64
+    if capability[0] == 10 and small:  # Triton 3.7 cannot compile the fused kernel for it
+        return LeverageConfig(rows=64, project=True, fused_chunk=0, num_stages=1)
+    if capability[0] == 9 and small:
+        # Wider heads, and more terms of keys or sketch, overflow the fused kernel's registers.
+        fused = exact_sketch and dtype == torch.bfloat16 and dim <= 64
         rows = 64 if dtype == torch.bfloat16 else 32
         return LeverageConfig(rows=rows, project=True, fused_chunk=1024 if fused else 0, num_stages=2)
-    rows = 16 if dtype == torch.float32 and not warpgroups else 32
+    rows = 16 if dtype == torch.float32 and capability[0] not in (9, 10) else 32
     fused_chunk = 1024 if capability == (0, 0) else 0
     num_stages = 2 if small and dtype == torch.bfloat16 else 1
     return LeverageConfig(rows=rows, project=False, fused_chunk=fused_chunk, num_stages=num_stages)
