@@ -75,10 +75,10 @@ def _tiles(capability: tuple[int, int], dtype: torch.dtype, block_d: int, has_pr
     if dtype == torch.float32:
         if block_d <= 64:
             return config(64, 32, 4, 1)
-        return config(32, 32, 4, 1) if block_d <= 128 else config(32, 16, 4, 1)
+        return config(32, 32, 4, 1) if block_d <= 128 else config(16, 16, 4, 1)
     if capability < (9, 0) or capability in _SMALL_SHARED_MEMORY:
         if block_d > 128:
-            return config(64, 16 if has_prefix else 32, 8, 2)
+            return config(64, 16, 8, 2)
         if block_d == 128 and has_prefix and capability != (8, 0):
             return config(64, 32, 4, 3)
         return config(128, 32, 8, 3)

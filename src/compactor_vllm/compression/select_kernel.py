@@ -27,7 +27,7 @@ from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import check_tensor
 
 _TILE = 2048  # pairs that a program looks at
-_SCAN = 512  # tallies that it adds up at once
+_SCAN = 2048  # tallies that it adds up at once
 _MAX_HEADS = 64
 
 
