@@ -240,21 +240,18 @@ def small_variants(base: DecodeConfig) -> list[tuple[str, DecodeConfig]]:
 
 
 def big_variants(base: DecodeConfig) -> list[tuple[str, DecodeConfig]]:
-    """Candidates for shared segments: (block_m, block_n, warps, stages, programs per SM, way)."""
+    """Candidates for shared segments: (block_m, block_n, warps, stages, programs per SM)."""
     shapes = [
-        (128, 64, 8, 3, 1, "bulk"), (128, 64, 8, 4, 1, "bulk"), (128, 128, 8, 2, 1, "bulk"),
-        (128, 128, 8, 3, 1, "bulk"),
-        (64, 64, 4, 3, 2, "bulk"), (64, 128, 4, 2, 2, "bulk"), (128, 64, 4, 2, 2, "bulk"), (128, 64, 8, 3, 1, "skewed"),
-        (64, 64, 4, 3, 1, "skewed"), (128, 64, 8, 3, 1, "plain"), (64, 64, 4, 3, 2, "plain"),
+        (128, 128, 8, 2, 1), (128, 128, 8, 3, 1), (128, 64, 8, 2, 1), (128, 64, 8, 3, 1), (128, 64, 8, 4, 1),
+        (128, 64, 4, 3, 1), (64, 128, 4, 2, 1), (64, 128, 4, 3, 1), (64, 64, 4, 2, 2), (64, 64, 4, 3, 2),
     ]  # fmt: skip
     variants = []
-    for block_m, block_n, warps, stages, programs, way in shapes:
+    for block_m, block_n, warps, stages, programs in shapes:
         tiles = TileConfig(
             block_m=block_m, block_n=block_n, num_warps=warps, num_stages=stages, programs_per_sm=programs,
-            unit=max(64, block_n), overhead=1, min_share=2, skewed=way != "plain", bulk_copy=way == "bulk",
+            unit=block_n, overhead=1, min_share=2,
         )  # fmt: skip
-        name = f"m{block_m} n{block_n} w{warps} s{stages} p{programs} {way}"
-        variants.append((name, replace(base, big=tiles)))
+        variants.append((f"m{block_m} n{block_n} w{warps} s{stages} p{programs}", replace(base, big=tiles)))
     return variants
 
 

@@ -26,9 +26,7 @@ from tests.conftest import poisoned
 SCALE = 0.25
 
 
-def _config(
-    *, block_n: int = 32, unit: int = 16, big_unit: int = 64, skewed: bool = False, bulk_copy: bool = False
-) -> DecodeConfig:
+def _config(*, block_n: int = 32, unit: int = 16, big_unit: int = 64) -> DecodeConfig:
     """Small tiles and shares, so that little work is cut in many ways."""
     small = TileConfig(
         block_m=16, block_n=block_n, num_warps=4, num_stages=3, programs_per_sm=2, unit=unit, overhead=1, min_share=2
@@ -40,8 +38,6 @@ def _config(
         num_stages=2,
         programs_per_sm=1,
         unit=big_unit,
-        skewed=skewed,
-        bulk_copy=bulk_copy,
         overhead=1,
         min_share=1,
     )
@@ -119,21 +115,21 @@ def test_shared_and_private_segments_mix(device: torch.device, max_sharing: int 
 
 
 @pytest.mark.parametrize(
-    ("users", "group", "big_unit", "way", "dtype"),
+    ("users", "group", "big_unit", "dtype"),
     [
-        (9, 8, 64, "plain", torch.float32),
-        (5, 7, 16, "plain", torch.float32),
-        (23, 3, 32, "skewed", torch.bfloat16),
-        (9, 8, 64, "bulk", torch.float16),
+        (9, 8, 64, torch.float32),
+        (5, 7, 16, torch.float32),
+        (23, 3, 32, torch.bfloat16),
+        (9, 8, 64, torch.float16),
     ],
 )
 def test_row_tiles_of_a_shared_segment(
-    device: torch.device, users: int, group: int, big_unit: int, way: str, dtype: torch.dtype
+    device: torch.device, users: int, group: int, big_unit: int, dtype: torch.dtype
 ) -> None:
     """Rows that do not fill the last tile, and groups that do not divide a tile."""
     case = make_case([[150], [37]], head_dim=16, page_size=32, dtype=dtype, device=device)
     segments = segments_table([[0, 1] if b % 2 else [0] for b in range(users)], device, columns=2)
-    config = _config(big_unit=big_unit, skewed=way != "plain", bulk_copy=way == "bulk")
+    config = _config(big_unit=big_unit)
     _assert_close(case, segments, *_run(case, segments, group, config))
 
 
@@ -219,9 +215,7 @@ def _workloads(draw: st.DrawFn) -> dict:
         "group": draw(st.integers(1, 16)),
         "head_dim": draw(st.sampled_from([16, 24, 64])),
         "dtype": draw(st.sampled_from([torch.float32, torch.float16])),
-        "config": _config(
-            block_n=draw(st.sampled_from([16, 32])), unit=draw(st.sampled_from([16, 32])), skewed=draw(st.booleans())
-        ),
+        "config": _config(block_n=draw(st.sampled_from([16, 32])), unit=draw(st.sampled_from([16, 32]))),
         "max_sharing": draw(st.sampled_from([None, 1, 2])),
     }
 
@@ -329,9 +323,7 @@ def test_a_plan_for_other_shapes_is_refused(device: torch.device) -> None:
         plan_decode(lens, begins, segments, num_heads=4, head_dim=16, dtype=torch.float32, extra=-1)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("block_n", 24), ("num_warps", 0), ("overhead", -1), ("skewed", True), ("bulk_copy", True)]
-)
+@pytest.mark.parametrize(("field", "value"), [("block_n", 24), ("num_warps", 0), ("overhead", -1)])
 def test_tile_shapes_are_checked(field: str, value: int) -> None:
-    with pytest.raises(InvalidInputError, match="block_n must divide unit" if field == "skewed" else field):
+    with pytest.raises(InvalidInputError, match=field):
         dataclasses.replace(_config().small, **{field: value})

@@ -31,8 +31,6 @@ def attend_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    k_desc,
-    v_desc,
     table_ptr,
     entries_ptr,
     plan_ptr,
@@ -53,8 +51,6 @@ def attend_kernel(
     UNIT: tl.constexpr,
     OVERHEAD: tl.constexpr,
     PAGE_BY_ROW: tl.constexpr,
-    SKEWED: tl.constexpr,
-    BULK_COPY: tl.constexpr,
     SCAN: tl.constexpr,
     BIG: tl.constexpr,
     SHARED: tl.constexpr,
@@ -109,9 +105,9 @@ def attend_kernel(
         q_row = (user_entry % num_seqs) * HEADS + (pair % KV_HEADS) * GROUP + row % GROUP
         out_row = (first_row + rows + row_tile * USERS * GROUP + row).to(tl.int64)
         _attend_piece(
-            q_ptr, k_ptr, v_ptr, k_desc, v_desc, table_ptr + begin, partial_ptr, lse_ptr, q_row, out_row, live,
+            q_ptr, k_ptr, v_ptr, table_ptr + begin, partial_ptr, lse_ptr, q_row, out_row, live,
             first_unit * UNIT, tl.minimum(last_unit * UNIT, length), scale_log2e, k_stride, v_stride,
-            PAGE, D, BLOCK_M, BLOCK_N, BLOCK_D, UNIT, PAGE_BY_ROW, SKEWED, BULK_COPY, UPCAST,
+            PAGE, D, BLOCK_M, BLOCK_N, BLOCK_D, UNIT, PAGE_BY_ROW, UPCAST,
         )  # fmt: skip
         position = zero + units
         if not SHARED or position >= cost + tl.cdiv(users, USERS) * (units + OVERHEAD):
@@ -149,11 +145,10 @@ def _load_item(plan_ptr, item, num_items, num_x, BIG: tl.constexpr):
 
 @triton.jit
 def _attend_piece(
-    q_ptr, k_ptr, v_ptr, k_desc, v_desc, table_ptr, partial_ptr, lse_ptr, q_row, out_row, live,
+    q_ptr, k_ptr, v_ptr, table_ptr, partial_ptr, lse_ptr, q_row, out_row, live,
     first_token, last_token, scale_log2e, k_stride, v_stride,
     PAGE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    UNIT: tl.constexpr, PAGE_BY_ROW: tl.constexpr, SKEWED: tl.constexpr, BULK_COPY: tl.constexpr,
-    UPCAST: tl.constexpr,
+    UNIT: tl.constexpr, PAGE_BY_ROW: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Rows `q_row` against tokens [first_token, last_token) of one head: writes the partial result to `out_row`.
 
@@ -166,30 +161,23 @@ def _attend_piece(
         q = q.to(tl.float32)
     first_tile = first_token // BLOCK_N
     last_tile = tl.cdiv(last_token, BLOCK_N)
-    if SKEWED:
-        tl.static_assert(UNIT % BLOCK_N == 0)
-        acc, total, peak = _attend_skewed(
-            q, k_ptr, v_ptr, k_desc, v_desc, table_ptr, first_tile, last_tile, last_token, scale_log2e,
-            k_stride, v_stride, PAGE, D, BLOCK_M, BLOCK_N, BLOCK_D, PAGE_BY_ROW, BULK_COPY, UPCAST,
-        )  # fmt: skip
-    else:
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        # With 16 rows the warps lie along the tokens.
-        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) if BLOCK_M == 16 else tl.zeros([BLOCK_M], tl.float32)
-        peak = tl.full([BLOCK_M], HIDDEN, tl.float32)
-        if UNIT % BLOCK_N == 0:
-            whole = last_token // BLOCK_N
-            acc, total, peak = _attend_tiles(
-                q, k_ptr, v_ptr, table_ptr, acc, total, peak, first_tile, whole, first_token, last_token,
-                scale_log2e, k_stride, v_stride, PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, UPCAST, False,
-            )  # fmt: skip
-            first_tile = tl.maximum(first_tile, whole)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    # With 16 rows the warps lie along the tokens.
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) if BLOCK_M == 16 else tl.zeros([BLOCK_M], tl.float32)
+    peak = tl.full([BLOCK_M], HIDDEN, tl.float32)
+    if UNIT % BLOCK_N == 0:
+        whole = last_token // BLOCK_N
         acc, total, peak = _attend_tiles(
-            q, k_ptr, v_ptr, table_ptr, acc, total, peak, first_tile, last_tile, first_token, last_token,
-            scale_log2e, k_stride, v_stride, PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, UPCAST, True,
+            q, k_ptr, v_ptr, table_ptr, acc, total, peak, first_tile, whole, first_token, last_token,
+            scale_log2e, k_stride, v_stride, PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, UPCAST, False,
         )  # fmt: skip
-        if BLOCK_M == 16:
-            total = tl.sum(total, axis=1)
+        first_tile = tl.maximum(first_tile, whole)
+    acc, total, peak = _attend_tiles(
+        q, k_ptr, v_ptr, table_ptr, acc, total, peak, first_tile, last_tile, first_token, last_token,
+        scale_log2e, k_stride, v_stride, PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, UPCAST, True,
+    )  # fmt: skip
+    if BLOCK_M == 16:
+        total = tl.sum(total, axis=1)
     total = tl.where(live, total, 1.0)
     tl.store(partial_ptr + out_row[:, None] * D + d[None, :], acc / total[:, None], mask=live_d)
     tl.store(lse_ptr + out_row, peak * scale_log2e + tl.log2(total), mask=live)
@@ -208,12 +196,12 @@ def _attend_tiles(
         token = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = (token >= first_token) & (token < last_token)
         k = _load_tile(
-            k_ptr, None, k_stride, page, tile, inside,
-            PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, False, UPCAST, MASKED,
+            k_ptr, k_stride, page, tile, inside,
+            PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, UPCAST, MASKED,
         )  # fmt: skip
         v = _load_tile(
-            v_ptr, None, v_stride, page, tile, inside,
-            PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, False, UPCAST, MASKED,
+            v_ptr, v_stride, page, tile, inside,
+            PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, UPCAST, MASKED,
         )  # fmt: skip
         page = _page_ids(table_ptr, tile + 1, last_token, PAGE, BLOCK_N, PAGE_BY_ROW)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee")
@@ -222,73 +210,6 @@ def _attend_tiles(
         weights, decay, peak = _weights(logits, peak, scale_log2e)
         total = _add_weights(total, weights, decay)
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-    return acc, total, peak
-
-
-@triton.jit
-def _attend_skewed(
-    q, k_ptr, v_ptr, k_desc, v_desc, table_ptr, first_tile, last_tile, last_token, scale_log2e, k_stride, v_stride,
-    PAGE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PAGE_BY_ROW: tl.constexpr, BULK_COPY: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """Online softmax over tiles [first_tile, last_tile), whose P V product trails one tile behind Q K^T.
-
-    So the tensor cores multiply one tile's weights while the next one's softmax is computed. Weights wait as integers
-    of their bits: as such they stay in registers, from where Hopper's asynchronous products take them. Only the last
-    tile may hold rows beyond `last_token`; their logits are hidden and their values replaced by zeros.
-    """
-    page_v = _page_ids(table_ptr, first_tile, last_token, PAGE, BLOCK_N, PAGE_BY_ROW)
-    page_k = _page_ids(table_ptr, first_tile + 1, last_token, PAGE, BLOCK_N, PAGE_BY_ROW)
-    n = tl.arange(0, BLOCK_N)
-    whole = last_token // BLOCK_N
-    k = _load_tile(
-        k_ptr, k_desc, k_stride, page_v, first_tile, n,
-        PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, BULK_COPY, UPCAST, False,
-    )  # fmt: skip
-    logits = tl.dot(q, tl.trans(k), input_precision="ieee")
-    logits = tl.where((first_tile * BLOCK_N + n < last_token)[None, :], logits, HIDDEN)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    weights, decay, peak = _weights(logits, tl.full([BLOCK_M], HIDDEN, tl.float32), scale_log2e)
-    total = tl.sum(weights, axis=1)
-    bits = _to_bits(weights, q.dtype)
-    for tile in tl.range(first_tile + 1, whole):
-        v = _load_tile(
-            v_ptr, v_desc, v_stride, page_v, tile - 1, n,
-            PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, BULK_COPY, UPCAST, False,
-        )  # fmt: skip
-        k = _load_tile(
-            k_ptr, k_desc, k_stride, page_k, tile, n,
-            PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, BULK_COPY, UPCAST, False,
-        )  # fmt: skip
-        page_v = _page_ids(table_ptr, tile, last_token, PAGE, BLOCK_N, PAGE_BY_ROW)
-        page_k = _page_ids(table_ptr, tile + 1, last_token, PAGE, BLOCK_N, PAGE_BY_ROW)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee")
-        acc = tl.dot(bits.to(q.dtype, bitcast=True), v, acc * decay[:, None], input_precision="ieee")
-        weights, decay, peak = _weights(logits, peak, scale_log2e)
-        total = total * decay + tl.sum(weights, axis=1)
-        bits = _to_bits(weights, q.dtype)
-    for tile in tl.range(tl.maximum(first_tile + 1, whole), last_tile, num_stages=1):
-        v = _load_tile(
-            v_ptr, v_desc, v_stride, page_v, tile - 1, n,
-            PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, BULK_COPY, UPCAST, False,
-        )  # fmt: skip
-        k = _load_tile(
-            k_ptr, k_desc, k_stride, page_k, tile, n,
-            PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, BULK_COPY, UPCAST, False,
-        )  # fmt: skip
-        page_v = page_k
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee")
-        acc = tl.dot(bits.to(q.dtype, bitcast=True), v, acc * decay[:, None], input_precision="ieee")
-        logits = tl.where((tile * BLOCK_N + n < last_token)[None, :], logits, HIDDEN)
-        weights, decay, peak = _weights(logits, peak, scale_log2e)
-        total = total * decay + tl.sum(weights, axis=1)
-        bits = _to_bits(weights, q.dtype)
-    last = tl.maximum(last_tile - 1, first_tile)
-    v = _load_tile(
-        v_ptr, v_desc, v_stride, page_v, last, last * BLOCK_N + n < last_token,
-        PAGE, D, BLOCK_N, BLOCK_D, PAGE_BY_ROW, BULK_COPY, UPCAST, True,
-    )  # fmt: skip
-    acc = tl.dot(bits.to(q.dtype, bitcast=True), v, acc * decay[:, None], input_precision="ieee")
     return acc, total, peak
 
 
@@ -302,11 +223,6 @@ def _add_weights(total, weights, decay):
 
 
 @triton.jit
-def _to_bits(weights, dtype: tl.constexpr):
-    return weights.to(dtype).to(tl.int32 if dtype == tl.float32 else tl.int16, bitcast=True)
-
-
-@triton.jit
 def _weights(logits, peak, scale_log2e):
     """Unnormalised softmax weights, the factor that earlier ones shrink by, and the new maximum of unscaled logits."""
     new_peak = tl.maximum(peak, tl.max(logits, axis=1))
@@ -316,14 +232,11 @@ def _weights(logits, peak, scale_log2e):
 
 @triton.jit
 def _load_tile(
-    pages_ptr, desc, stride, page, tile, inside,
+    pages_ptr, stride, page, tile, inside,
     PAGE: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PAGE_BY_ROW: tl.constexpr,
-    BULK_COPY: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr,
+    UPCAST: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Keys or values [N, D] of a tile; zeros beyond D and, where MASKED, in rows that are not `inside`.
-
-    `desc` spans the pages [P, PAGE, D]; it is used where BULK_COPY and not MASKED.
-    """
+    """Keys or values [N, D] of a tile; zeros beyond D and, where MASKED, in rows that are not `inside`."""
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)[None, :]
     if PAGE_BY_ROW:
@@ -332,9 +245,7 @@ def _load_tile(
     else:
         row = (tile * BLOCK_N) % PAGE + n
         pointers = pages_ptr + page.to(tl.int64) * stride + (row[:, None] * D + d)
-    if BULK_COPY and not MASKED:
-        rows = desc.load([page, (tile * BLOCK_N) % PAGE, 0]).reshape(BLOCK_N, BLOCK_D)
-    elif MASKED and BLOCK_D != D:
+    if MASKED and BLOCK_D != D:
         rows = tl.load(pointers, mask=inside[:, None] & (d < D), other=0.0)
     elif MASKED:
         rows = tl.load(pointers, mask=inside[:, None], other=0.0)

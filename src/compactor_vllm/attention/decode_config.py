@@ -29,9 +29,6 @@ class TileConfig:
         unit: tokens per unit of cost; shares are cut at units. Where `block_n` divides it, tiles are cut whole.
         overhead: units that beginning a piece of work costs, besides its tokens.
         min_share: least units of a share, so that small caches are not cut into crumbs.
-        skewed: let the product with V trail one tile behind the one with K (for Hopper's asynchronous products of
-            2-byte types; needs a `unit` that `block_n` divides).
-        bulk_copy: copy skewed tiles with the bulk copy engine (sm_90 and newer), where alignment allows.
     """
 
     block_m: int
@@ -42,8 +39,6 @@ class TileConfig:
     unit: int = 16
     overhead: int = 4
     min_share: int = 8
-    skewed: bool = False
-    bulk_copy: bool = False
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n"):
@@ -53,10 +48,6 @@ class TileConfig:
         for name in ("num_warps", "num_stages", "programs_per_sm", "unit", "min_share"):
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"{name} must be positive, not {getattr(self, name)}")
-        if self.skewed and self.unit % self.block_n:
-            raise InvalidInputError(f"block_n must divide unit where tiles are skewed, not {self.block_n}, {self.unit}")
-        if self.bulk_copy and not self.skewed:
-            raise InvalidInputError("bulk_copy needs skewed")
         if self.overhead < 0:
             raise InvalidInputError(f"overhead must not be negative, not {self.overhead}")
 
@@ -113,7 +104,7 @@ def _big_tiles(capability: tuple[int, int], padded: int, block_n: int, num_stage
         return big
     if capability[0] != 9:
         return replace(big, block_m=128)
-    return replace(big, block_m=128, unit=64, overhead=1, min_share=2, skewed=True, bulk_copy=True)
+    return replace(big, block_m=128, block_n=128, num_stages=2, unit=128, overhead=1, min_share=2)
 
 
 @lru_cache(maxsize=64)

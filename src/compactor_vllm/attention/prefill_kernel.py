@@ -6,10 +6,6 @@ M query rows of a tile, N key rows of a tile.
 One program computes one tile of query rows of one KV head: the tokens of a sequence times the query heads of the group.
 It walks over K and V tiles in two kinds of ranges, the kept tokens of each prefix segment (pages) and the sequence's
 own tokens (packed), and keeps the running maximum and sum of the softmax in base 2, the scale folded into the exponent.
-
-The loops are skewed by one tile: the product P V of a tile is issued after the next tile's Q K^T and runs on the
-tensor cores while the softmax of that next tile is computed. P waits for its turn as the raw bits of its type,
-because that is what keeps it in registers as an operand of Hopper's asynchronous products.
 """
 
 from __future__ import annotations
@@ -19,8 +15,10 @@ import triton.language as tl
 
 __all__ = ["merge_kernel", "prefill_kernel"]
 
-# Score of a hidden key: finite, so that a tile without visible keys gives no NaN.
+# Score of a hidden key, and where the running maximum of scaled scores begins. Hidden keys stay far below any maximum,
+# so that their weights are zeros even in a tile that hides all of them, however the exponent is rounded.
 _HIDDEN = tl.constexpr(-1e30)
+_LOWEST = tl.constexpr(-1e20)
 _LN_2 = tl.constexpr(0.6931471805599453)
 
 # Values that change between batches must not compile a kernel again.
@@ -111,24 +109,12 @@ def _scores(
 
 
 @triton.jit
-def _add_product(acc_MD, bits_MN, v_ND, IEEE: tl.constexpr):
-    """acc + P V, P as `_to_bits` left it."""
-    return tl.dot(bits_MN.to(v_ND.dtype, bitcast=True), v_ND, acc_MD, input_precision="ieee" if IEEE else "tf32")
-
-
-@triton.jit
 def _softmax_step(s_MN, l_M, m_M, qk_scale):
     """Weights of one tile of scores, the factor of everything before it, and the new running sum and maximum."""
     new_m_M = tl.maximum(m_M, tl.max(s_MN, 1) * qk_scale)
     p_MN = tl.exp2(s_MN * qk_scale - new_m_M[:, None])
     alpha_M = tl.exp2(m_M - new_m_M)
     return p_MN, alpha_M, l_M * alpha_M + tl.sum(p_MN, 1), new_m_M
-
-
-@triton.jit
-def _to_bits(p_MN, dtype: tl.constexpr):
-    """P rounded to `dtype`, as integers: see the module's text."""
-    return p_MN.to(dtype).to(tl.int32 if dtype == tl.float32 else tl.int16, bitcast=True)
 
 
 @triton.jit
@@ -149,71 +135,34 @@ def _mask_scores(s_MN, before, m0, n, end, GROUP: tl.constexpr, BLOCK_N: tl.cons
 @triton.jit
 def _attend_range(
     acc_MD, l_M, m_M, q, before, m0, qk_scale,
-    k_ptr, v_ptr, k_desc, v_desc, table_ptr, outer, first, begin, full_end, end,
+    k_ptr, v_ptr, k_desc, v_desc, table_ptr, outer, first, begin, stop, end,
     stride_k_outer, stride_k_row, stride_v_outer, stride_v_row,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, TMA: tl.constexpr, CAUSAL: tl.constexpr, IEEE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, TMA: tl.constexpr, CAUSAL: tl.constexpr, IEEE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Adds keys [begin, end) to the running softmax; tiles up to `full_end` are visible to all rows of the tile.
+    """Adds keys [begin, stop) to the running softmax, `begin` a multiple of BLOCK_N.
 
-    `begin` is a multiple of BLOCK_N. The first tile and those from `full_end` on are masked, see `_mask_scores`. An
-    empty range (`end` 0) costs a tile and changes nothing that counts: the first visible key wipes out what hidden
-    ones left.
+    MASKED: some are hidden, see `_mask_scores`, and rows from `end` on hold nothing. Otherwise all are visible and
+    `stop` is a multiple of BLOCK_N, too. The page of a tile is looked up one tile ahead.
     """
-    dtype: tl.constexpr = k_ptr.dtype.element_ty
-    page_v = _page_of(table_ptr, begin, end, outer, BLOCK_N, PAGE_SIZE)
-    page_k = _page_of(table_ptr, begin + BLOCK_N, end, outer, BLOCK_N, PAGE_SIZE)
-    s_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    # In a region of its own, the tile's buffer is free again when the loops begin.
-    if end > 0:
+    page = _page_of(table_ptr, begin, end, outer, BLOCK_N, PAGE_SIZE)
+    for n in range(begin, stop, BLOCK_N):
         s_MN = _scores(
-            q, k_ptr, k_desc, table_ptr, page_v, first, begin, end, stride_k_outer, stride_k_row,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, PAGE_SIZE, TMA, True, IEEE,
+            q, k_ptr, k_desc, table_ptr, page, first, n, end, stride_k_outer, stride_k_row,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, PAGE_SIZE, TMA, MASKED, IEEE,
         )  # fmt: skip
-    s_MN = _mask_scores(s_MN, before, m0, begin, end, GROUP, BLOCK_N, CAUSAL)
-    p_MN, alpha_M, l_M, m_M = _softmax_step(s_MN, l_M, m_M, qk_scale)
-    bits_MN = _to_bits(p_MN, dtype)
-    # Pages are looked up a tile ahead. The maximum changes nothing: the compiler pipelines no loop that hands a value
-    # on as it is for two rounds.
-    for n in range(begin + BLOCK_N, full_end, BLOCK_N):
-        next_page = _page_of(table_ptr, n + BLOCK_N, end, outer, BLOCK_N, PAGE_SIZE)
         v_ND = _load_tile(
-            v_ptr, v_desc, table_ptr, page_v, first, n - BLOCK_N, end, stride_v_outer, stride_v_row,
-            D, BLOCK_D, BLOCK_N, PAGE_SIZE, TMA, False,
+            v_ptr, v_desc, table_ptr, page, first, n, end, stride_v_outer, stride_v_row,
+            D, BLOCK_D, BLOCK_N, PAGE_SIZE, TMA and not MASKED, MASKED,
         )  # fmt: skip
-        s_MN = _scores(
-            q, k_ptr, k_desc, table_ptr, page_k, first, n, end, stride_k_outer, stride_k_row,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, PAGE_SIZE, TMA, False, IEEE,
-        )  # fmt: skip
-        acc_MD = _add_product(acc_MD * alpha_M[:, None], bits_MN, v_ND, IEEE)
+        page = _page_of(table_ptr, n + BLOCK_N, end, outer, BLOCK_N, PAGE_SIZE)
+        if MASKED:
+            s_MN = _mask_scores(s_MN, before, m0, n, end, GROUP, BLOCK_N, CAUSAL)
         p_MN, alpha_M, l_M, m_M = _softmax_step(s_MN, l_M, m_M, qk_scale)
-        bits_MN = _to_bits(p_MN, dtype)
-        if PAGE_SIZE > 0 and PAGE_SIZE % BLOCK_N == 0:
-            page_v = tl.maximum(page_k, 0)
-            page_k = next_page
-    for n in tl.range(tl.maximum(full_end, begin + BLOCK_N), end, BLOCK_N, num_stages=2):
-        next_page = _page_of(table_ptr, n + BLOCK_N, end, outer, BLOCK_N, PAGE_SIZE)
-        v_ND = _load_tile(
-            v_ptr, v_desc, table_ptr, page_v, first, n - BLOCK_N, end, stride_v_outer, stride_v_row,
-            D, BLOCK_D, BLOCK_N, PAGE_SIZE, TMA, False,
-        )  # fmt: skip
-        s_MN = _scores(
-            q, k_ptr, k_desc, table_ptr, page_k, first, n, end, stride_k_outer, stride_k_row,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, PAGE_SIZE, TMA, True, IEEE,
-        )  # fmt: skip
-        acc_MD = _add_product(acc_MD * alpha_M[:, None], bits_MN, v_ND, IEEE)
-        s_MN = _mask_scores(s_MN, before, m0, n, end, GROUP, BLOCK_N, CAUSAL)
-        p_MN, alpha_M, l_M, m_M = _softmax_step(s_MN, l_M, m_M, qk_scale)
-        bits_MN = _to_bits(p_MN, dtype)
-        if PAGE_SIZE > 0 and PAGE_SIZE % BLOCK_N == 0:
-            page_v = tl.maximum(page_k, 0)
-            page_k = next_page
-    last = tl.maximum(end - 1, 0) // BLOCK_N * BLOCK_N
-    v_ND = _load_tile(
-        v_ptr, v_desc, table_ptr, page_v, first, last, end, stride_v_outer, stride_v_row,
-        D, BLOCK_D, BLOCK_N, PAGE_SIZE, False, True,
-    )  # fmt: skip
-    return _add_product(acc_MD * alpha_M[:, None], bits_MN, v_ND, IEEE), l_M, m_M
+        acc_MD = tl.dot(
+            p_MN.to(v_ND.dtype), v_ND, acc_MD * alpha_M[:, None], input_precision="ieee" if IEEE else "tf32"
+        )
+    return acc_MD, l_M, m_M
 
 
 @triton.jit(**_UNSPECIALIZED)
@@ -252,16 +201,11 @@ def prefill_kernel(
             q = tl.load(q[:, None] + offs_d[None, :], mask=(offs_d < D)[None, :], other=0.0)
     acc_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     l_M = tl.zeros([BLOCK_M], tl.float32)
-    m_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    m_M = tl.full([BLOCK_M], _LOWEST, tl.float32)
 
     if PAGE_SIZE > 0:
-        slots_ptr = segments_ptr + sequence * num_segments
-        used_segments = 0
         for g in range(num_segments):
-            used_segments = tl.where(tl.load(slots_ptr + g) >= 0, g + 1, used_segments)
-        # No branch around a range: with one, ptxas serialises the asynchronous products (its message C7515).
-        for g in range(used_segments):
-            slot = tl.load(slots_ptr + g)
+            slot = tl.load(segments_ptr + sequence * num_segments + g)
             row = tl.maximum(slot, 0).to(tl.int64)
             length = tl.where(slot >= 0, tl.load(seg_lens_ptr + row * stride_lens + kv_head), 0)
             # An empty head's place in the table means nothing, and its first entry is looked up all the same.
@@ -270,19 +214,21 @@ def prefill_kernel(
             tiles = tl.cdiv(length, BLOCK_N)
             begin = (tiles * split >> log_splits) * BLOCK_N
             end = tl.minimum((tiles * (split + 1) >> log_splits) * BLOCK_N, length)
-            end = tl.where(begin < end, end, 0)
-            begin = tl.minimum(begin, end)
+            full_end = tl.maximum(end // BLOCK_N * BLOCK_N, begin)
             acc_MD, l_M, m_M = _attend_range(
                 acc_MD, l_M, m_M, q, 0, m0, qk_scale,
                 k_pages_ptr, v_pages_ptr, k_pages_desc, v_pages_desc, table_ptr, 0, 0,
-                begin, end // BLOCK_N * BLOCK_N, end, stride_k_page, D, stride_v_page, D,
-                GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N, PAGE_SIZE, TMA, False, IEEE,
+                begin, full_end, end, stride_k_page, D, stride_v_page, D,
+                GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N, PAGE_SIZE, TMA, False, IEEE, False,
             )  # fmt: skip
-    # Read only now, so that few addresses stay in registers while the loops run.
-    first_k = tl.load(cu_k_ptr + sequence, volatile=True)
-    k_len = tl.load(cu_k_ptr + sequence + 1, volatile=True) - first_k
-    first_q = tl.load(cu_q_ptr + sequence, volatile=True)
-    q_len = tl.load(cu_q_ptr + sequence + 1, volatile=True) - first_q
+            acc_MD, l_M, m_M = _attend_range(
+                acc_MD, l_M, m_M, q, 0, m0, qk_scale,
+                k_pages_ptr, v_pages_ptr, k_pages_desc, v_pages_desc, table_ptr, 0, 0,
+                full_end, end, end, stride_k_page, D, stride_v_page, D,
+                GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N, PAGE_SIZE, TMA, False, IEEE, True,
+            )  # fmt: skip
+    first_k = tl.load(cu_k_ptr + sequence)
+    k_len = tl.load(cu_k_ptr + sequence + 1) - first_k
     if split + 1 == 1 << log_splits:
         before = k_len - q_len
         full_end = (before + m0 // GROUP + 1) // BLOCK_N * BLOCK_N
@@ -291,13 +237,17 @@ def prefill_kernel(
             acc_MD, l_M, m_M, q, before, m0, qk_scale,
             k_ptr, v_ptr, k_desc, v_desc, page_table_ptr, kv_head, first_k,
             0, full_end, end, stride_k_head, stride_k_row, stride_v_head, stride_v_row,
-            GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N, 0, TMA, True, IEEE,
+            GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N, 0, TMA, True, IEEE, False,
+        )  # fmt: skip
+        acc_MD, l_M, m_M = _attend_range(
+            acc_MD, l_M, m_M, q, before, m0, qk_scale,
+            k_ptr, v_ptr, k_desc, v_desc, page_table_ptr, kv_head, first_k,
+            full_end, end, end, stride_k_head, stride_k_row, stride_v_head, stride_v_row,
+            GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N, 0, TMA, True, IEEE, True,
         )  # fmt: skip
 
     l_M = tl.where(l_M == 0, 1.0, l_M)
-    # This zero hides that the rows are those from above, whose addresses would stay in registers all the while.
-    zero = tl.load(cu_q_ptr + sequence, volatile=True) - first_q
-    rows_M = m0 + zero + tl.arange(0, BLOCK_M)
+    rows_M = m0 + tl.arange(0, BLOCK_M)
     token_M = (first_q + rows_M // GROUP).to(tl.int64)
     head_M = kv_head * GROUP + rows_M % GROUP
     valid_M = rows_M < q_len * GROUP

@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from compactor_vllm.attention.decode_attend_kernel import attend_kernel
 from compactor_vllm.attention.decode_config import DecodeConfig, TileConfig, default_decode_config
@@ -133,16 +132,10 @@ def _attend(q_BHD: Tensor, cache: LayerCache, scale: float, plan: DecodePlan, wo
     constants = _attend_constants(
         tiles, plan.num_heads, plan.num_kv_heads, plan.num_segments, plan.head_dim, cache.page_size
     )
-    pages = (cache.k_pages_PRD, cache.v_pages_PRD)
-    constants["BULK_COPY"] = constants["BULK_COPY"] and all(map(_can_describe, pages))
-    block = [1, constants["BLOCK_N"], constants["BLOCK_D"]]
-    descriptors = [
-        TensorDescriptor(x, list(x.shape), list(x.stride()), block) if constants["BULK_COPY"] else None for x in pages
-    ]
     attend_kernel[(plan.big_programs if big else plan.small_programs,)](
         q_BHD,
-        *pages,
-        *descriptors,
+        cache.k_pages_PRD,
+        cache.v_pages_PRD,
         cache.page_table,
         plan.entries,
         words,
@@ -196,16 +189,8 @@ def _attend_constants(
         "UNIT": tiles.unit,
         "OVERHEAD": tiles.overhead,
         "PAGE_BY_ROW": by_row,
-        "SKEWED": tiles.skewed,
-        "BULK_COPY": tiles.bulk_copy and not by_row,
         "SCAN": 1024,
     }
-
-
-def _can_describe(pages_PRD: Tensor) -> bool:
-    """Whether pages suit the bulk copy engine: 16-byte alignment throughout."""
-    size = pages_PRD.element_size()
-    return not (pages_PRD.data_ptr() % 16 or pages_PRD.stride(0) * size % 16 or pages_PRD.stride(1) * size % 16)
 
 
 def _tile_tokens(block_n: int, page_size: int) -> tuple[int, bool]:
@@ -268,10 +253,6 @@ def aot_signatures(
                     "UPCAST": False,
                 }
                 floats = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{dtype}")
-                block = f"{attend_constants['BLOCK_N']},{attend_constants['BLOCK_D']}"
-                floats |= dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<{dtype}[1,{block}]>")
-                if not attend_constants["BULK_COPY"]:
-                    attend_constants |= {"k_desc": None, "v_desc": None}
                 yield _aot(
                     attend_kernel,
                     attend_constants,

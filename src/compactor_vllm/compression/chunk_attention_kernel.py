@@ -53,7 +53,8 @@ def default_chunk_attention_config(
         queries = 64 if capability[0] in (9, 10) else 32
         return ChunkAttentionConfig(queries=queries, keys=min(keys, 64), num_warps=4, num_stages=1)
     if capability[0] == 9:
-        return ChunkAttentionConfig(queries=64, keys=keys, num_warps=4, num_stages=3)
+        # Where keys come in several blocks, loads that run ahead would hold as many of them in shared memory.
+        return ChunkAttentionConfig(queries=64, keys=keys, num_warps=4, num_stages=3 if chunk <= keys else 1)
     return ChunkAttentionConfig(queries=64, keys=keys, num_warps=8 if keys > 64 else 4, num_stages=2)
 
 

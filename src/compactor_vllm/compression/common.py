@@ -200,11 +200,11 @@ def gaussian_sketch(rows: int, columns: int, device: torch.device) -> Tensor:
     """Sketch Phi [rows, columns], entries N(0, 1 / columns), float32, the same on every device and in every run.
 
     A fixed seed makes scores, and so the kept sets of cached and shared segments, reproducible (Compactor,
-    arXiv 2507.08143, algorithm 1).
+    arXiv 2507.08143, algorithm 1). Entries are rounded to bfloat16, so that tensor cores take them as they are.
     """
     key = (rows, columns, str(device))
     if key not in _SKETCHES:
         generator = torch.Generator().manual_seed(0xC0117AC7)
         phi = torch.randn(rows, columns, generator=generator, dtype=torch.float64) / columns**0.5
-        _SKETCHES[key] = phi.to(device=device, dtype=torch.float32)
+        _SKETCHES[key] = phi.bfloat16().float().to(device)
     return _SKETCHES[key]

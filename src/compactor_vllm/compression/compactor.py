@@ -83,6 +83,10 @@ class Compactor(BaseCompressionMethod):
         """leverage_weight · z(o): float32 [T, K]; None when leverage has no weight."""
         if self.leverage_weight == 0:
             return None
+        if self._kernels_score(context):
+            from compactor_vllm.compression.compactor_kernel import pre_rope_scores
+
+            return pre_rope_scores(self, k_TKD, context)
         phi_DS = context.sketch(self.sketch_size)
         scores_TK = torch.zeros(k_TKD.shape[:2], dtype=torch.float32, device=k_TKD.device)
         for span in context.spans:
@@ -96,6 +100,10 @@ class Compactor(BaseCompressionMethod):
         self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, pre_rope_scores_TK: Tensor | None, context: ScoringContext
     ) -> Tensor | None:
         """The blend: float32 [T, K]."""
+        if self._kernels_score(context):
+            from compactor_vllm.compression.compactor_kernel import post_rope_scores
+
+            return post_rope_scores(self, q_THD, k_TKD, v_TKD, pre_rope_scores_TK, context)
         scores_TK = torch.zeros(k_TKD.shape[:2], dtype=torch.float32, device=k_TKD.device)
         if pre_rope_scores_TK is not None:
             scores_TK += pre_rope_scores_TK
@@ -108,6 +116,13 @@ class Compactor(BaseCompressionMethod):
             standard_NK = zscore(attention_NK, self.attention_zscore, self.attention_chunk, counted_N)
             scores_TK[part].add_(standard_NK, alpha=self.attention_weight)
         return scores_TK
+
+    def _kernels_score(self, context: ScoringContext) -> bool:
+        if context.kernels != "triton":
+            return False
+        from compactor_vllm.compression.compactor_kernel import can_score
+
+        return can_score(self, context)
 
     def _attention(self, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, context: ScoringContext) -> Tensor:
         scale = context.scale if self.logits_scale == "model" else float(self.logits_scale)

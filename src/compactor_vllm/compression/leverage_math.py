@@ -21,19 +21,6 @@ def _split(x, TERM: tl.constexpr):
 
 
 @triton.jit
-def _dot_split(a, b, acc, TERM: tl.constexpr):
-    """acc + a @ b for float32 operands; products below 2^-24 of the largest are left out."""
-    a_high, a_middle, a_low = _split(a, TERM)
-    b_high, b_middle, b_low = _split(b, TERM)
-    acc = tl.dot(a_low, b_high, acc)
-    acc = tl.dot(a_middle, b_middle, acc)
-    acc = tl.dot(a_high, b_low, acc)
-    acc = tl.dot(a_middle, b_high, acc)
-    acc = tl.dot(a_high, b_middle, acc)
-    return tl.dot(a_high, b_high, acc)
-
-
-@triton.jit
 def _dot_keys(a, k, acc, KEY_TERMS: tl.constexpr, TERM: tl.constexpr):
     """acc + a @ kᵀ for a float32 `a` and keys that have KEY_TERMS terms."""
     rest = k if KEY_TERMS == 1 else k.to(tl.float32)
@@ -188,6 +175,6 @@ def store_leverage(
             z = _dot_keys(projection, k, z, KEY_TERMS, TERM) - offset[:, None]
         else:
             x = _sketch(k, phi_ptr, DIM_PADDED, PADDED, KEY_TERMS, PHI_TERMS) - mean[:, None]
-            z = _dot_split(whitener, x, z, TERM)
+            z = tl.dot(whitener, x, z, input_precision="tf32x3")
         token = start + tl.arange(0, ROWS)
         tl.store(out_ptr + token.to(tl.int64) * NUM_KV_HEADS + head, tl.sum(z * z, 0), mask=token < end)

@@ -57,6 +57,19 @@ class SnapKV(BaseCompressionMethod):
         self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, pre_rope_scores_TK: Tensor | None, context: ScoringContext
     ) -> Tensor | None:
         """float32 [T, K]."""
+        if context.kernels == "triton":
+            from compactor_vllm.compression.snapkv_kernel import window_scores
+
+            return window_scores(
+                q_THD,
+                k_TKD,
+                context.cu_seqlens,
+                window=self.window,
+                scale=context.scale,
+                window_score=WINDOW_SCORE,
+                pool_width=self.pool,
+                pool_kind=self.pool_kind,
+            )
         scores_TK = torch.zeros(k_TKD.shape[:2], dtype=torch.float32, device=k_TKD.device)
         for span in context.spans:
             window = min(self.window, len(span))
