@@ -211,8 +211,8 @@ def test_first_come_first_served_whatever_the_size(make_llm):
     order = []
     admit = llm._engine.scheduler.admit
 
-    def recording():
-        started = admit()
+    def recording(*limits):
+        started = admit(*limits)
         order.extend(r.arrival for r in started)
         return started
 

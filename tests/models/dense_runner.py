@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from compactor_vllm.layers.qkv import split_qkv
+from compactor_vllm.layers.rotary import Angles
 from compactor_vllm.models import CausalLM
 
 
@@ -35,8 +37,7 @@ class DenseRunner:
         context_len_T = torch.cat([torch.full((n,), start + n) for start, n in zip(starts, lens, strict=True)])
         x_TE = model.embed(torch.tensor([token for part in ids for token in part]))
         for index, layer in enumerate(model.layers):
-            q_THD, k_TKD, v_TKD = self._inputs(layer, x_TE)
-            model.rotary.rotate_(q_THD, k_TKD, positions_T, context_len_T)
+            q_THD, k_TKD, v_TKD = self._inputs(layer, x_TE, model.rotary.angles(positions_T, context_len_T))
             attention_THD = torch.cat(
                 [
                     self._attend(index, s, *parts)
@@ -48,10 +49,22 @@ class DenseRunner:
         self.lengths = {s: start + n for s, (start, n) in enumerate(zip(starts, lens, strict=True))}
         return list(model.logits(x_TE).split(lens))
 
-    def _inputs(self, layer, x_TE: Tensor) -> tuple[Tensor, ...]:
-        parts = [layer.attention_inputs(x) for x in x_TE.chunk(self.slices)]
-        assert all(tensor.is_contiguous() for part in parts for tensor in part)
-        return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    def _inputs(self, layer, x_TE: Tensor, angles: Angles) -> tuple[Tensor, ...]:
+        """Queries, keys (both rotated) and values, slice by slice of the tokens."""
+        spec, T = self.model.spec, len(x_TE)
+        outputs = tuple(
+            torch.empty(T, n, spec.head_dim) for n in (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
+        )
+        begin = 0
+        for x in x_TE.chunk(self.slices):
+            end = begin + len(x)
+            part = angles.slice(begin, end)
+            split_qkv(
+                layer.qkv(x), *(out[begin:end] for out in outputs), **layer.self_attn.norms(),
+                cos_PF=part.cos_PF, sin_PF=part.sin_PF, positions_T=part.rows_T,
+            )  # fmt: skip
+            begin = end
+        return outputs
 
     def _attend(self, layer: int, sequence: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
         if (layer, sequence) in self.cache:

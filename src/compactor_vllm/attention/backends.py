@@ -5,9 +5,10 @@ An operation takes tensors and numbers only; see `attention.reference` for the c
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -17,24 +18,36 @@ from compactor_vllm.errors import MissingDependencyError
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionKernels:
-    """Attention operations of one backend and their names for reports."""
+    """Attention operations of one backend and their names for reports.
+
+    Attributes:
+        prefill, decode: see `attention.reference`.
+        computes_rows: whether `prefill` takes `cu_seqlens_q_B1`, the last rows of sequences alone.
+        plan_prefill: makes the `plan` of `prefill` for all layers of a batch, see `attention.prefill`.
+        plan_decode: makes the `plan` of `decode` for all layers of a step, see `attention.decode_plan`.
+        captures: whether a CUDA graph can hold a decode step.
+    """
 
     prefill: Callable[..., torch.Tensor]
     decode: Callable[..., torch.Tensor]
     prefill_name: str
     decode_name: str
+    computes_rows: bool = False
+    plan_prefill: Callable[..., Any] | None = None
+    plan_decode: Callable[..., Any] | None = None
+    captures: bool = False
 
 
 def resolve_backend(backend: AttentionBackend, device: torch.device) -> AttentionBackend:
-    """The backend that AUTO means on a device.
-
-    AUTO is TORCH everywhere until the Triton kernels have passed their tests on a GPU; they run by name.
+    """The backend that AUTO means on a device: COMPACTOR_TRITON where it can run fast, else TORCH.
 
     Raises:
         MissingDependencyError: a named backend cannot run here.
     """
     if backend is AttentionBackend.AUTO:
-        return AttentionBackend.TORCH
+        modern = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        has_triton = importlib.util.find_spec("triton") is not None
+        return AttentionBackend.COMPACTOR_TRITON if modern and has_triton else AttentionBackend.TORCH
     if backend is AttentionBackend.TORCH:
         return backend
     if backend is AttentionBackend.COMPACTOR_TRITON:
@@ -71,14 +84,20 @@ def attention_kernels(backend: AttentionBackend) -> AttentionKernels:
             decode=flash.decode_attention,
             prefill_name=f"FlashAttention-2 varlen ({flash.implementation()})",
             decode_name=f"FlashAttention-2 varlen on gathered heads ({flash.implementation()})",
+            computes_rows=True,
         )
-    from compactor_vllm.attention import sparse_decode_kernel, sparse_varlen_kernel
+    from compactor_vllm.attention import prefill, sparse_decode_kernel
 
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
     return AttentionKernels(
-        prefill=sparse_varlen_kernel.prefill_attention,
+        prefill=prefill.prefill_attention,
         decode=sparse_decode_kernel.decode_attention,
-        prefill_name="triton sparse_varlen",
+        prefill_name="gluon hopper_varlen, triton sparse_varlen" if hopper else "triton sparse_varlen",
         decode_name="triton sparse_decode (balanced)",
+        computes_rows=True,
+        plan_prefill=prefill.plan_prefill,
+        plan_decode=sparse_decode_kernel.plan_decode,
+        captures=True,
     )
 
 

@@ -134,10 +134,13 @@ class BaseCompressionMethod:
         mode: "streaming" methods are selected layer by layer during the prefill, so that only kept tokens enter
             pages; "deferred" methods see all layers' scores first (`deferred_keep`), the prompt being admitted at
             its full size.
+        pre_rope_queries: whether `pre_rope_scoring` looks at `q_THD`. Where it says no, and no other method of the
+            batch needs them, queries before RoPE are not kept, and it is given rotated ones.
     """
 
     name: ClassVar[str] = ""
     mode: ClassVar[Literal["streaming", "deferred"]] = "streaming"
+    pre_rope_queries: ClassVar[bool] = True
 
     head_floor: float = 0.0
 

@@ -48,6 +48,7 @@ class Compactor(BaseCompressionMethod):
     """
 
     name: ClassVar[str] = "compactor"
+    pre_rope_queries: ClassVar[bool] = False
 
     leverage_weight: float | str = "removed"
     attention_weight: float = 1.0

@@ -4,36 +4,47 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from compactor_vllm.core.decode_step import DecodeOutput
+from compactor_vllm.core.drawn_tokens import Pace, PendingTokens
 from compactor_vllm.core.model_runner import ModelRunner
 from compactor_vllm.core.prefill import PrefillJob
 from compactor_vllm.core.request import Request
 from compactor_vllm.core.scheduler import Scheduler, prune_budget
+from compactor_vllm.core.unit_sizes import INTERRUPTING_TOKENS, UnitSizes
 from compactor_vllm.errors import OutOfPagesError
 from compactor_vllm.layers.sampler import SamplingBatch, sample, uniform
 from compactor_vllm.utils.sequence import FinishReason, SequenceStatus
 
 logger = logging.getLogger("compactor_vllm")
 
+STALL_SHARE = 0.75
+"""Part of the longest pause after which a prefill makes way; units that were launched already take the rest."""
+
 
 class Engine:
     """Continuous batching over a `ModelRunner` and a `Scheduler`.
 
+    On a GPU a decode step is launched before the tokens of the one before it are read: those pass from step to step
+    on the device, and the host works while the device does. A sequence that turns out to have ended takes part in one
+    step in vain.
+
     Args:
         runner, scheduler: what runs, and who runs.
-        chunk_tokens: tokens of one unit of a prefill.
+        sizes: of the units of a prefill.
         max_decode_stall_ms: longest pause of running sequences while a prompt is prefilled.
     """
 
-    def __init__(self, runner: ModelRunner, scheduler: Scheduler, chunk_tokens: int, max_decode_stall_ms: float):
-        self.runner, self.scheduler, self.manager = runner, scheduler, runner.manager
-        self.chunk_tokens, self.max_stall = chunk_tokens, max_decode_stall_ms / 1000
-        self._job: PrefillJob | None = None
-        self._units: Iterator[None] | None = None
+    def __init__(self, runner: ModelRunner, scheduler: Scheduler, sizes: UnitSizes, max_decode_stall_ms: float):
+        self.runner, self.scheduler, self.manager, self.sizes = runner, scheduler, runner.manager, sizes
+        self.max_stall = max_decode_stall_ms / 1000
+        self._jobs: list[PrefillJob] = []  # each interrupts the one before
+        self._owed = 0.0  # seconds that an interrupted prefill may run before the next interruption
+        self._drawn: PendingTokens | None = None
+        self._pace = Pace(runner.device)
 
     # ---- requests ------------------------------------------------------------------------------------------------
 
@@ -47,21 +58,23 @@ class Engine:
         """Ends a request, wherever it is, and frees its pages; others go on."""
         if request.sequence.is_finished:
             return
-        if request in self.scheduler.prefilling:
-            self._cancel_job()
+        for job in list(self._jobs):
+            if request in job.requests:
+                self._cancel(job)
         for member in [request, *request.siblings]:
             self.scheduler.remove(member)
             member.finish("abort")
 
     def abort_all(self) -> None:
         """Ends everything that has not finished."""
-        self._cancel_job()
+        for job in list(self._jobs):
+            self._cancel(job)
         for request in [*self.scheduler.queue, *self.scheduler.running]:
             self.abort(request)
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self._drawn is not None
 
     # ---- the step ------------------------------------------------------------------------------------------------
 
@@ -75,25 +88,41 @@ class Engine:
         self._decode()
 
     def _advance_prefill(self) -> None:
-        if self._units is None:
-            started = self.scheduler.admit()
-            if not started:
+        """Runs units of a prefill, until it is done or running sequences have waited for long enough."""
+        started = time.perf_counter()
+        self._start_job()
+        while self._jobs:
+            job = self._jobs[-1]
+            try:
+                done = next(job.progress, job) is job
+            except Exception as error:
+                self._prefill_failed(job, error)
                 return
-            self._job = self.runner.prefill(started, self.chunk_tokens)
-            self._units = self._job.units()
-        deadline = time.perf_counter() + self.max_stall
-        try:
-            for _ in self._units:
-                if self.scheduler.running and time.perf_counter() > deadline:
-                    return
-        except Exception as error:
-            self._prefill_failed(error)
-        else:
-            self._finish_job()
+            if done:
+                self._finish_job(job)
+                return
+            if self.scheduler.running:
+                self._pace.unit_done()
+                if time.perf_counter() - started > STALL_SHARE * self.max_stall:
+                    break
+            if self.scheduler.queue and len(self._jobs) == 1:
+                self._start_job()
+        self._owed -= time.perf_counter() - started if len(self._jobs) == 1 else 0.0
 
-    def _finish_job(self) -> None:
-        job, self._job, self._units = self._job, None, None
-        assert job is not None
+    def _start_job(self) -> None:
+        """Begins a prefill where there is none, or interrupts a long one by a short one."""
+        if len(self._jobs) > 1 or (self._jobs and self._owed > 0):
+            return
+        limit = min(self._jobs[0].num_tokens // 4, INTERRUPTING_TOKENS) if self._jobs else None
+        requests = self.scheduler.admit(limit)
+        if requests:
+            self._jobs.append(self.runner.prefill(requests, self.sizes))
+
+    def _finish_job(self, job: PrefillJob) -> None:
+        self._jobs.remove(job)
+        if self._jobs:  # the one that was interrupted goes on for at least as long as the interruption took
+            self._owed = time.perf_counter() - job.started
+        self._read_drawn()
         ready, rows = [], []
         for request in job.requests:
             self._report_cache(request)
@@ -110,47 +139,60 @@ class Engine:
                     ready.append(member)
                     rows.append(job.logits[request])
         if ready:
-            self._draw(ready, torch.stack(rows))
+            self._take_drawn(self._draw(ready, torch.stack(rows)))
 
-    def _prefill_failed(self, error: Exception) -> None:
+    def _prefill_failed(self, job: PrefillJob, error: Exception) -> None:
         """A prefill of several requests is tried again one by one; one that fails by itself ends with an error."""
-        failed, self._job, self._units = self._job, None, None
-        assert failed is not None
-        if len(failed.requests) > 1:
-            self.scheduler.cancel_prefill(alone=True)
+        self._jobs.remove(job)
+        if len(job.requests) > 1:
+            self.scheduler.cancel_prefill(job.requests, alone=True)
             return
-        request = failed.requests[0]
+        request = job.requests[0]
         logger.error("a prefill failed", exc_info=error)
         self._fail([request, *request.siblings], error)
 
-    def _cancel_job(self) -> None:
-        if self._units is not None:
-            self._units.close()  # type: ignore[attr-defined]
-            self._job = self._units = None
-            self.scheduler.cancel_prefill()
+    def _cancel(self, job: PrefillJob) -> None:
+        self._jobs.remove(job)
+        job.progress.close()
+        self.scheduler.cancel_prefill(job.requests)
 
     def _decode(self) -> None:
-        stuck = self.scheduler.grow_running()
-        if stuck and self._units is not None:  # the pages of the prefill in progress may be all that is missing
-            for request in stuck:
-                self.scheduler.running.append(request)
-            self._cancel_job()
-            stuck = self.scheduler.grow_running()
-        self._fail(stuck, OutOfPagesError("the page pool cannot hold this sequence's next token"))
-        running = list(self.scheduler.running)
+        self._grow()
+        running = self._able()
         if not running:
+            self._read_drawn()
             return
+        before = self._drawn
+        sources = [-1 if not r.in_flight or before is None else before.rows[r] for r in running]
         try:
-            logits = self.runner.decode(running)
+            output = self.runner.decode(running, sources)
         except Exception as error:
             logger.error("a decode step failed", exc_info=error)
             self._fail(running, error)
             return
-        drawing = [row for row, request in enumerate(running) if request.computed == len(request.sequence)]
-        if drawing:
-            whole = len(drawing) == len(running)
-            self._draw([running[row] for row in drawing], logits if whole else logits[drawing])
+        drawing = [row for row, r in enumerate(running) if r.computed == len(r.sequence) + r.in_flight]
+        self._drawn = self._draw([running[row] for row in drawing], output, drawing) if drawing else None
+        if before is not None:
+            self._take_drawn(before)
+        if self._drawn is not None and not self._pace.overlaps:
+            self._read_drawn()
         self._prune([request for request in running if request in self.scheduler.running])
+
+    def _grow(self) -> None:
+        """Makes room for the next token of all running sequences; ends those that can never have it."""
+        stuck = self.scheduler.grow_running(self._read_drawn)
+        if stuck and self._jobs:  # the pages of prefills in progress may be all that is missing
+            self.scheduler.running += stuck
+            for job in list(self._jobs):
+                self._cancel(job)
+            stuck = self.scheduler.grow_running(self._read_drawn)
+        self._fail(stuck, OutOfPagesError("the page pool cannot hold this sequence's next token"))
+
+    def _able(self) -> list[Request]:
+        """Running sequences that can take part in the next step, as far as the host knows now."""
+        if any(r.in_flight and r.counts is not None for r in self.scheduler.running):
+            self._read_drawn()  # penalties look at every token before
+        return [r for r in self.scheduler.running if not (r.in_flight and r.ends_after(r.in_flight))]
 
     def _prune(self, running: list[Request]) -> None:
         for request in running:
@@ -171,29 +213,68 @@ class Engine:
 
     # ---- results -------------------------------------------------------------------------------------------------
 
-    def _draw(self, requests: list[Request], logits_BV: Tensor) -> None:
-        """Draws one token for each request and ends those that are done."""
-        batch = SamplingBatch.build(
-            [request.sequence.sampling_params for request in requests],
-            uniforms=[uniform(request.seed, len(request.sequence.output_token_ids)) for request in requests],
-            counts=[request.counts for request in requests],
-            device=logits_BV.device,
-        )
-        drawn = sample(logits_BV, batch)
-        tokens, invalid = drawn.token_ids_B.tolist(), drawn.invalid_B.tolist()
-        for request, entry in zip(requests, drawn.logprobs, strict=False):
-            if entry is not None:
-                if request.sequence.logprobs is None:
-                    request.sequence.logprobs = []
-                request.sequence.logprobs.append(entry)
+    def _draw(
+        self, requests: list[Request], output: DecodeOutput | Tensor, rows: list[int] | None = None
+    ) -> PendingTokens:
+        """Draws one token for each request on the device and sends it to the host.
+
+        Args:
+            output: of a decode step, or the logits [B, V] of just these requests.
+            rows: of the requests in a decode step.
+        """
+        params = [request.sequence.sampling_params for request in requests]
+        plain = all(p.greedy and p.logprobs is None for p in params) and not any(r.counts for r in requests)
+        if plain and isinstance(output, DecodeOutput):
+            assert rows is not None
+            pending = PendingTokens.send(requests, output.greedy_2B, rows)
+        else:
+            index = None
+            if isinstance(output, DecodeOutput):
+                index = torch.tensor(rows).to(self.runner.device, non_blocking=True)
+            logits_BV = output.logits_BV[index] if isinstance(output, DecodeOutput) else output
+            batch = SamplingBatch.build(
+                params,
+                uniforms=[uniform(r.seed, len(r.sequence.output_token_ids) + r.in_flight) for r in requests],
+                counts=[request.counts for request in requests],
+                device=logits_BV.device,
+            )
+            drawn = sample(logits_BV, batch)
+            if index is not None:
+                self.runner.step.drawn_B[index] = drawn.token_ids_B
+            values_2B = torch.stack([drawn.token_ids_B, drawn.invalid_B.long()])
+            pending = PendingTokens.send(requests, values_2B, rows, drawn.logprobs)
+        for request in requests:
+            request.in_flight += 1
+        return pending
+
+    def _read_drawn(self) -> None:
+        """Reads what the last step drew, if that has not been done."""
+        drawn, self._drawn = self._drawn, None
+        if drawn is not None:
+            self._take_drawn(drawn)
+
+    def _take_drawn(self, drawn: PendingTokens) -> None:
+        """Appends drawn tokens to their requests and ends those that are done."""
+        tokens, invalid = drawn.read()
         now = time.perf_counter()
-        for request, token, bad in zip(requests, tokens, invalid, strict=True):
+        for row, (request, token, bad) in enumerate(zip(drawn.requests, tokens, invalid, strict=True)):
+            if request.sequence.is_finished:  # it ended, or was ended, while this token was drawn
+                continue
+            request.in_flight -= 1
             if bad:
                 self._fail([request], FloatingPointError("the model's logits are not finite"))
                 continue
+            self._add_logprobs(request, drawn.logprobs[row] if drawn.logprobs else None)
             if request.sequence.time_to_first_token is None:
                 request.sequence.time_to_first_token = now - request.started
             self._take(request, token)
+
+    @staticmethod
+    def _add_logprobs(request: Request, entry: dict[int, float] | None) -> None:
+        if entry is not None:
+            if request.sequence.logprobs is None:
+                request.sequence.logprobs = []
+            request.sequence.logprobs.append(entry)
 
     def _take(self, request: Request, token: int) -> None:
         """Appends a token to a request's output and ends it where it must end."""

@@ -7,21 +7,21 @@ from __future__ import annotations
 
 from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from compactor_vllm.compression.common import DecodeScoringContext
 from compactor_vllm.compression.selection import protected_positions, select_ranks
+from compactor_vllm.core.decode_step import DecodeOutput, DecodeStep
 from compactor_vllm.core.memory_manager import KVCacheManager
 from compactor_vllm.core.prefill import PrefillJob
 from compactor_vllm.core.prefill_batch import PrefillItem
 from compactor_vllm.core.request import Request
+from compactor_vllm.core.unit_sizes import UnitSizes
 from compactor_vllm.kv_cache.gather import GatheredSegment, gather_segment
 from compactor_vllm.layers.attention import LayerInfo
 from compactor_vllm.layers.kernels import Kernels
 from compactor_vllm.models.common import CausalLM, DecoderLayer
-from compactor_vllm.utils.context import MAX_SEGMENTS, DecodeBatch
 
 
 class ModelRunner:
@@ -30,15 +30,16 @@ class ModelRunner:
     Args:
         model: weights on `device`.
         kernels: see `resolve_kernels`.
-        manager: owner of the page pool.
+        manager: owner of the page pool; if its cache has fewer layers than the model, only the first ones run.
         sketch_size: columns of the random sketch that methods get.
+        max_num_seqs: most sequences of a decode step.
     """
 
-    def __init__(self, model: CausalLM, kernels: Kernels, manager: KVCacheManager, sketch_size: int):
+    def __init__(self, model: CausalLM, kernels: Kernels, manager: KVCacheManager, sketch_size: int, max_num_seqs: int):
         self.model, self.kernels, self.manager, self.cache = model, kernels, manager, manager.cache
         self.device, self.dtype = manager.cache.device, manager.cache.dtype
         spec = model.spec
-        self.layers = cast(list[DecoderLayer], list(model.layers))
+        self.layers = cast(list[DecoderLayer], list(model.layers))[: self.cache.num_layers]
         self.layer_infos = [
             LayerInfo(
                 index=i,
@@ -52,52 +53,31 @@ class ModelRunner:
             )
             for i, layer in enumerate(self.cache.layers)
         ]
+        self.step = DecodeStep(model, self.layers, kernels, self.cache, self.layer_infos, max_num_seqs)
 
-    def prefill(self, requests: list[Request], chunk_tokens: int) -> PrefillJob:
-        """A job for requests whose segments are reserved; run its `units()` to the end."""
-        return PrefillJob(self, requests, chunk_tokens)
+    def prefill(self, requests: list[Request], sizes: UnitSizes) -> PrefillJob:
+        """A job for requests whose segments are reserved; run its `progress` to the end."""
+        return PrefillJob(self, requests, sizes)
 
     @torch.inference_mode()
-    def decode(self, requests: list[Request]) -> Tensor:
-        """One step for every request: caches its next token, returns float32 logits [B, vocabulary].
+    def decode(self, requests: list[Request], sources: list[int]) -> DecodeOutput:
+        """One step for every request: caches its next token, computes the logits of the one after it.
 
         The private segments must have room (`KVCacheManager.grow`).
+
+        Args:
+            sources: for each request its row in the step before, if the token to cache was drawn there and only the
+                device knows it yet; else -1.
         """
-        batch, model = self._decode_batch(requests), self.model
-        windows = [(row, request) for row, request in enumerate(requests) if request.window_LWHD is not None]
-        x_BE = model.embed(batch.input_ids_B)
-        for info, layer in zip(self.layer_infos, self.layers, strict=True):
-            cache = self.cache.layer(info.index)
-            q_BHD, k_BKD, v_BKD = layer.attention_inputs(x_BE)
-            model.rotary.rotate_(q_BHD, k_BKD, batch.positions_B, batch.context_len_B)
-            self.kernels.append(cache, k_BKD, v_BKD, batch.positions_B, batch.slots_B)
-            attention = self.kernels.attention.decode(q_BHD, cache, batch.segments_BG, info.scale)
-            for row, request in windows:
-                window = request.window_LWHD
-                assert window is not None
-                window[info.index, request.computed % window.shape[1]] = q_BHD[row]
-            x_BE = layer.mlp_output(layer.attention_output(x_BE, attention))
-        logits = model.logits(x_BE)
+        output = self.step.run(requests, sources)
+        for row, request in enumerate(requests):
+            window = request.window_LWHD
+            if window is not None:
+                window[:, request.computed % window.shape[1]] = self.step.queries_LBHD[:, row]
         self.manager.advance([request.private for request in requests if request.private is not None])
         for request in requests:
             request.computed += 1
-        return logits
-
-    def _decode_batch(self, requests: list[Request]) -> DecodeBatch:
-        segments = np.full((len(requests), MAX_SEGMENTS), -1, dtype=np.int32)
-        for row, request in zip(segments, requests, strict=True):
-            row[: len(request.segments)] = [segment.slot for segment in request.segments]
-        slots = np.array([request.segments[-1].slot for request in requests], dtype=np.int32)
-        ids = np.array([request.next_input for request in requests], dtype=np.int64)
-        positions = np.array([request.computed for request in requests], dtype=np.int64)
-        move = lambda array: torch.from_numpy(array).to(self.device, non_blocking=True)  # noqa: E731
-        return DecodeBatch(
-            input_ids_B=move(ids),
-            positions_B=move(positions),
-            context_len_B=move(positions + 1),
-            slots_B=move(slots),
-            segments_BG=move(segments),
-        )
+        return output
 
     def new_window(self, size: int) -> Tensor:
         """Room for the last `size` queries of every layer: [L, W, H, D]."""

@@ -9,15 +9,20 @@ Shape suffixes: T tokens, E hidden size, H query heads, K KV heads, D head dimen
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from compactor_vllm.attention.prompt_attention import PromptAttention
 from compactor_vllm.core.prefill_batch import PrefillItem, build_batch
 from compactor_vllm.core.request import Request
-from compactor_vllm.layers.attention import attend_prompt, score_and_store, score_before_rope
+from compactor_vllm.core.unit_sizes import UnitSizes
+from compactor_vllm.layers.attention import LayerInfo, inputs_before_rope, score_and_store, score_before_rope
+from compactor_vllm.layers.rotary import Angles
 from compactor_vllm.layers.sampler import top_logprobs
 from compactor_vllm.models.common import DecoderLayer
 from compactor_vllm.utils.context import PrefillBatch
@@ -29,26 +34,59 @@ LOGIT_ROWS = 512
 """Prompt positions whose logits are in memory at once, where prompt log-probabilities are asked for."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Heads:
+    """A layer's inputs to attention: rotated queries and keys, values, and what methods look at before RoPE."""
+
+    q_THD: Tensor
+    k_TKD: Tensor
+    v_TKD: Tensor
+    q_raw_THD: Tensor | None
+    k_raw_TKD: Tensor | None
+
+    @staticmethod
+    def empty(tokens: int, info: LayerInfo, raw: tuple[bool, bool], dtype: torch.dtype, device: torch.device) -> Heads:
+        """Room for the heads of `tokens` tokens; `raw` as `inputs_before_rope` returns it."""
+
+        def room(count: int) -> Tensor:
+            return torch.empty(tokens, count, info.head_dim, dtype=dtype, device=device)
+
+        return Heads(
+            q_THD=room(info.num_heads),
+            k_TKD=room(info.num_kv_heads),
+            v_TKD=room(info.num_kv_heads),
+            q_raw_THD=room(info.num_heads) if raw[0] else None,
+            k_raw_TKD=room(info.num_kv_heads) if raw[1] else None,
+        )
+
+
 class PrefillJob:
     """One prefill of one or more requests.
 
     Args:
         runner: the `ModelRunner` whose model and cache are used.
         requests: requests with reserved segments, one per part.
-        chunk_tokens: tokens that projections and MLPs take at once; bounds activations and the length of a unit.
+        sizes: of its units.
 
     Attributes:
+        num_tokens: of all prompts.
+        started: clock when it was made, seconds.
+        progress: its units; `next` runs one.
         logits: request -> float32 [vocabulary] of its last prompt token, when the job is done.
         prompt_logprobs: request -> float32 log-probabilities rows, for requests that asked for them.
     """
 
-    def __init__(self, runner: ModelRunner, requests: list[Request], chunk_tokens: int):
-        self.runner, self.requests, self.chunk_tokens = runner, requests, chunk_tokens
+    def __init__(self, runner: ModelRunner, requests: list[Request], sizes: UnitSizes):
+        self.runner, self.requests = runner, requests
+        self.chunk_tokens, self.piece_pairs = sizes.chunk_tokens, sizes.piece_pairs
+        self.num_tokens = sum(len(request.sequence.prompt_token_ids) for request in requests)
+        self.started = time.perf_counter()
+        self.progress = self.units()
         self.logits: dict[Request, Tensor] = {}
         self.prompt_logprobs: dict[Request, list[dict[int, float] | None]] = {}
         self._last_row: dict[Request, Tensor] = {}
 
-    def units(self) -> Iterator[None]:
+    def units(self) -> Generator[None, None, None]:
         """Runs the prefill; yields between units."""
         rounds = max(len(request.parts) for request in self.requests)
         for part in range(rounds):
@@ -66,36 +104,62 @@ class PrefillJob:
         runner, model = self.runner, self.runner.model
         whole = any(item.request.sequence.sampling_params.prompt_logprobs is not None for item in items)
         last_rows = batch.cu_seqlens_B1[1:].long() - 1
+        angles = model.rotary.angles(batch.positions_T, batch.context_len_T)
+        attention = self._attention(batch)
         x_TE = model.embed(batch.input_ids_T)
         for index, layer in enumerate(runner.layers):
-            info, cache = runner.layer_infos[index], runner.cache.layer(index)
-            q_THD, k_TKD, v_TKD = yield from self._project(layer, x_TE)
-            early = score_before_rope(q_THD, k_TKD, v_TKD, batch, info, runner.kernels)
-            model.rotary.rotate_(q_THD, k_TKD, batch.positions_T, batch.context_len_T)
-            yield
-            attention_THD = attend_prompt(q_THD, k_TKD, v_TKD, batch, cache, info, runner.kernels)
-            yield
-            score_and_store(q_THD, k_TKD, v_TKD, early, batch, cache, info, runner.kernels)
+            info, cache, kernels = runner.layer_infos[index], runner.cache.layer(index), runner.kernels
+            heads = Heads.empty(len(x_TE), info, inputs_before_rope(batch), runner.dtype, runner.device)
+            for a in range(0, len(x_TE), self.chunk_tokens):
+                self._project(layer, x_TE, heads, angles, a)
+                yield
+            q_THD, k_TKD, v_TKD = heads.q_THD, heads.k_TKD, heads.v_TKD
+            raw_THD = q_THD if heads.q_raw_THD is None else heads.q_raw_THD
+            early = score_before_rope(raw_THD, heads.k_raw_TKD, v_TKD, batch, info, kernels)
+            score_and_store(q_THD, k_TKD, v_TKD, early, batch, cache, info, kernels)
             self._keep_windows(index, q_THD, batch, items)
             yield
+            for piece in range(len(attention)):
+                attention.attend_(piece, q_THD, k_TKD, v_TKD, cache, info.scale)
+                yield
             if index == len(runner.layers) - 1 and not whole:
-                x_TE, attention_THD = x_TE[last_rows], attention_THD[last_rows]
+                x_TE, q_THD = x_TE[last_rows], q_THD[last_rows]
             for a in range(0, len(x_TE), self.chunk_tokens):
                 rows = slice(a, a + self.chunk_tokens)
-                layer.mlp_output(layer.attention_output(x_TE[rows], attention_THD[rows]))  # in place
+                layer.mlp_output(layer.attention_output(x_TE[rows], q_THD[rows]), kernels.activation)  # in place
                 yield
         self._read_out(x_TE, batch, items, whole)
 
-    def _project(self, layer: DecoderLayer, x_TE: Tensor) -> Generator[None, None, tuple[Tensor, Tensor, Tensor]]:
-        """Queries, keys and values of all tokens, before RoPE, a chunk of tokens at a time."""
-        if len(x_TE) <= self.chunk_tokens:
-            return layer.attention_inputs(x_TE)
-        parts = []
-        for a in range(0, len(x_TE), self.chunk_tokens):
-            parts.append(layer.attention_inputs(x_TE[a : a + self.chunk_tokens]))
-            yield
-        q_THD, k_TKD, v_TKD = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        return q_THD, k_TKD, v_TKD
+    def _attention(self, batch: PrefillBatch) -> PromptAttention:
+        runner = self.runner
+        info = runner.layer_infos[0]
+        return PromptAttention(
+            runner.kernels.attention,
+            batch,
+            runner.cache.layer(0),
+            info.num_heads,
+            info.num_kv_heads,
+            info.head_dim,
+            runner.dtype,
+            self.piece_pairs,
+        )
+
+    def _project(self, layer: DecoderLayer, x_TE: Tensor, heads: Heads, angles: Angles, begin: int) -> None:
+        """Fills rows of `heads` from a chunk of tokens."""
+        rows = slice(begin, min(begin + self.chunk_tokens, len(x_TE)))
+        part = angles.slice(rows.start, rows.stop)
+        self.runner.kernels.split_qkv(
+            layer.qkv(x_TE[rows]),
+            heads.q_THD[rows],
+            heads.k_TKD[rows],
+            heads.v_TKD[rows],
+            **layer.self_attn.norms(),
+            cos_PF=part.cos_PF,
+            sin_PF=part.sin_PF,
+            positions_T=part.rows_T,
+            q_raw_THD=None if heads.q_raw_THD is None else heads.q_raw_THD[rows],
+            k_raw_TKD=None if heads.k_raw_TKD is None else heads.k_raw_TKD[rows],
+        )
 
     def _keep_windows(self, layer: int, q_THD: Tensor, batch: PrefillBatch, items: list[PrefillItem]) -> None:
         """Keeps the last queries of sequences that will be pruned while they decode."""

@@ -69,6 +69,7 @@ class Request:
             only it owns, and the shared ones themselves.
         alone: prefilled by itself, after a prefill together with others failed.
         computed: tokens whose keys and values are cached.
+        in_flight: tokens that were drawn and are not among its output yet, because only the device knows them.
         pruned_at: `computed` when the cache was last pruned.
         window_LWHD: the last queries of every layer, for methods that prune while decoding; query p lies at
             row p % W.
@@ -92,6 +93,7 @@ class Request:
     offloaded: list[SegmentData | Segment] | None = None
     alone: bool = False
     computed: int = 0
+    in_flight: int = 0
     pruned_at: int = 0
     window_LWHD: Tensor | None = None
 
@@ -110,6 +112,12 @@ class Request:
     def replays(self) -> bool:
         """Whether the next step computes a token that was drawn before (after a preemption that lost the cache)."""
         return self.computed + 1 < len(self.sequence)
+
+    def ends_after(self, tokens: int) -> bool:
+        """Whether its output is complete when it has `tokens` tokens more, whatever they are."""
+        sequence = self.sequence
+        drawn = len(sequence.output_token_ids) + tokens
+        return drawn >= sequence.sampling_params.max_new_tokens or len(sequence) + tokens >= self.max_tokens
 
     @property
     def segments(self) -> list[Segment]:

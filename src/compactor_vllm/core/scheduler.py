@@ -7,6 +7,7 @@ running list.
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Callable
 
 import numpy as np
 
@@ -70,21 +71,25 @@ class Scheduler:
 
     # ---- admission -----------------------------------------------------------------------------------------------
 
-    def admit(self) -> list[Request]:
+    def admit(self, most_tokens: int | None = None) -> list[Request]:
         """Takes requests from the front of the queue while there is room; none overtakes another.
 
         Preempted requests whose segments were offloaded come back and run; the others are returned, with reserved
         segments, to be prefilled together.
+
+        Args:
+            most_tokens: prompt tokens that may be taken; None takes at least one prompt, however long.
         """
         started: list[Request] = []
         tokens = 0
+        limit = self.max_prefill_tokens if most_tokens is None else most_tokens
         while self.queue:
             head = self.queue[0]
             if self._seats_taken(started) + 1 + len(head.siblings) > self.max_num_seqs:
                 break
             length = len(head.sequence.prompt_token_ids)
-            full = tokens + length > self.max_prefill_tokens
-            if head.offloaded is None and started and (full or head.alone or started[0].alone):
+            full = tokens + length > limit and (bool(started) or most_tokens is not None)
+            if head.offloaded is None and (full or (started and (head.alone or started[0].alone))):
                 break
             try:
                 if head.offloaded is not None:
@@ -184,20 +189,22 @@ class Scheduler:
             self._run(member)
         return group
 
-    def cancel_prefill(self, *, alone: bool = False) -> list[Request]:
-        """Puts the requests of the prefill in progress back into the queue, their pages into the pool."""
-        cancelled, self.prefilling = self.prefilling, []
-        for request in cancelled:
+    def cancel_prefill(self, requests: list[Request], *, alone: bool = False) -> None:
+        """Puts requests of a prefill in progress back into the queue, their pages into the pool."""
+        for request in requests:
+            self.prefilling.remove(request)
             self.release(request)
             request.alone = request.alone or alone
             request.sequence.status = SequenceStatus.WAITING
             self.add(request)
-        return cancelled
 
     # ---- decode --------------------------------------------------------------------------------------------------
 
-    def grow_running(self) -> list[Request]:
+    def grow_running(self, read_drawn: Callable[[], None]) -> list[Request]:
         """Grants every running request room for its next token; preempts the youngest where the pool is short.
+
+        Args:
+            read_drawn: called before anything is preempted; requests may end in it.
 
         Returns:
             requests that can never go on: the pool cannot hold even one of them. They no longer run.
@@ -207,6 +214,10 @@ class Scheduler:
                 self.manager.grow([r.private for r in self.running if r.private is not None])
                 return []
             except OutOfPagesError:
+                running = len(self.running)
+                read_drawn()
+                if len(self.running) < running:
+                    continue
                 if len(self.running) > 1:
                     self.preempt(self.running[-1])
                 else:

@@ -1,8 +1,8 @@
 """Where scores, selection, stores and attention of one layer meet.
 
-A prefill layer is: scores before RoPE -> RoPE -> attention, scores after RoPE -> select -> store what is kept.
-Attention reads the layer's activations, never the pages that are being filled, so that nothing is approximated
-and only kept tokens ever enter pages.
+A prefill layer is: scores before RoPE, scores after RoPE -> select -> store what is kept -> attention. Attention reads
+the layer's activations, never the pages that are being filled, so that nothing is approximated and only kept tokens
+ever enter pages.
 
 Shape suffixes: T tokens, B sequences, H query heads, K KV heads, D head dimension.
 """
@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compactor_vllm.attention.reference import RaggedPrefix
-from compactor_vllm.compression.common import ScoringContext
+from compactor_vllm.compression.common import BaseCompressionMethod, ScoringContext
 from compactor_vllm.errors import CompactorError
 from compactor_vllm.kv_cache.layer_cache import LayerCache
 from compactor_vllm.layers.kernels import Kernels
@@ -60,38 +59,29 @@ def scoring_context(info: LayerInfo, group: StoreGroup, batch: PrefillBatch, ker
     )
 
 
-def attend_prompt(
-    q_THD: Tensor,
-    k_TKD: Tensor,
-    v_TKD: Tensor,
-    batch: PrefillBatch,
-    cache: LayerCache,
-    info: LayerInfo,
-    kernels: Kernels,
-) -> Tensor:
-    """Causal attention of all prompts in the batch, each also over its sealed segments: [T, H, D]."""
-    prefix = None
-    if batch.segments_BG is not None:
-        prefix = RaggedPrefix(cache=cache, segments_BG=batch.segments_BG, max_len=batch.max_prefix_len)
-    return kernels.attention.prefill(
-        q_THD, k_TKD, v_TKD, batch.cu_seqlens_B1, batch.max_seqlen, info.scale, prefix=prefix
-    )
+def inputs_before_rope(batch: PrefillBatch) -> tuple[bool, bool]:
+    """Whether any method of a batch looks at queries, and at keys, before RoPE."""
+    methods = [type(group.method) for group in batch.groups if group.method is not None]
+    keys = [m for m in methods if m.pre_rope_scoring is not BaseCompressionMethod.pre_rope_scoring]
+    return any(m.pre_rope_queries for m in keys), bool(keys)
 
 
 def score_before_rope(
-    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, batch: PrefillBatch, info: LayerInfo, kernels: Kernels
+    q_THD: Tensor, k_TKD: Tensor | None, v_TKD: Tensor, batch: PrefillBatch, info: LayerInfo, kernels: Kernels
 ) -> list[Tensor | None]:
-    """What each group's method makes of queries and keys before RoPE: float32 [tokens of the group, K], or None."""
-    scores = []
+    """What each group's method makes of queries and keys before RoPE: float32 [tokens of the group, K], or None.
+
+    Args:
+        q_THD, k_TKD: as `inputs_before_rope` says that they are needed; without keys there are no scores.
+    """
+    scores: list[Tensor | None] = []
     for group in batch.groups:
         rows = slice(group.begin, group.end)
-        scores.append(
-            group.method.pre_rope_scoring(
-                q_THD[rows], k_TKD[rows], v_TKD[rows], scoring_context(info, group, batch, kernels)
-            )
-            if group.method is not None
-            else None
-        )
+        if group.method is None or k_TKD is None:
+            scores.append(None)
+        else:
+            context = scoring_context(info, group, batch, kernels)
+            scores.append(group.method.pre_rope_scoring(q_THD[rows], k_TKD[rows], v_TKD[rows], context))
     return scores
 
 

@@ -10,6 +10,7 @@ import torch
 
 from compactor_vllm.attention.backends import AttentionKernels, attention_kernels, resolve_backend
 from compactor_vllm.config import AttentionBackend
+from compactor_vllm.layers.mlp import Activation, silu_and_mul
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,8 @@ class Kernels:
         attention: prefill and decode attention.
         assign_pages, store_selected, store_all, append, compact: writes of the cache.
         select_tokens: exact selection of kept (token, head) pairs.
+        split_qkv, split_qkv_append: from projections to heads, see `layers.qkv`.
+        activation: of the MLPs, see `layers.mlp`.
         scoring: which score kernels methods may use.
     """
 
@@ -32,6 +35,9 @@ class Kernels:
     append: Callable[..., None]
     compact: Callable[..., None]
     select_tokens: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    split_qkv: Callable[..., None]
+    split_qkv_append: Callable[..., None]
+    activation: Activation
     scoring: Literal["triton", "torch"]
 
     def describe(self) -> dict[str, str]:
@@ -44,6 +50,7 @@ class Kernels:
             "store, append, compact": stores,
             "selection": stores,
             "scores": stores,
+            "QK norm, RoPE, activation": stores,
         }
 
 
@@ -61,14 +68,29 @@ def resolve_kernels(backend: AttentionBackend, device: torch.device) -> Kernels:
         from compactor_vllm.compression.select_kernel import select_tokens
         from compactor_vllm.kv_cache import store_kv_cache
         from compactor_vllm.kv_cache.write_page_table import assign_pages
+        from compactor_vllm.layers import activation_kernel, qkv_kernel
 
-        stores, operations = store_kv_cache, {"assign_pages": assign_pages, "select_tokens": select_tokens}
+        stores = store_kv_cache
+        operations = {
+            "assign_pages": assign_pages,
+            "select_tokens": select_tokens,
+            "split_qkv": qkv_kernel.split_qkv,
+            "split_qkv_append": qkv_kernel.split_qkv_append,
+            "activation": activation_kernel.silu_and_mul,
+        }
     else:
         from compactor_vllm.compression import selection
         from compactor_vllm.kv_cache import reference
+        from compactor_vllm.layers import qkv
 
         stores = reference
-        operations = {"assign_pages": reference.assign_pages, "select_tokens": selection.select_tokens}
+        operations = {
+            "assign_pages": reference.assign_pages,
+            "select_tokens": selection.select_tokens,
+            "split_qkv": qkv.split_qkv,
+            "split_qkv_append": qkv.split_qkv_append,
+            "activation": silu_and_mul,
+        }
     return Kernels(
         backend=resolved,
         attention=attention_kernels(resolved),

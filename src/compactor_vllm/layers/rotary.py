@@ -6,10 +6,38 @@ frequencies, P positions.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from compactor_vllm.layers.rope_spec import RopeSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Angles:
+    """The angles of some tokens: token t's are row `rows_T[t]` of the tables, or row t where `rows_T` is None.
+
+    Attributes:
+        cos_PF, sin_PF: float32.
+        rows_T: int64, or None.
+    """
+
+    cos_PF: Tensor
+    sin_PF: Tensor
+    rows_T: Tensor | None
+
+    def by_token(self) -> tuple[Tensor, Tensor]:
+        """cos and sin, float32 [T, F]."""
+        if self.rows_T is None:
+            return self.cos_PF, self.sin_PF
+        return self.cos_PF[self.rows_T], self.sin_PF[self.rows_T]
+
+    def slice(self, begin: int, end: int) -> Angles:
+        """Those of tokens [begin, end)."""
+        if self.rows_T is None:
+            return Angles(cos_PF=self.cos_PF[begin:end], sin_PF=self.sin_PF[begin:end], rows_T=None)
+        return Angles(cos_PF=self.cos_PF, sin_PF=self.sin_PF, rows_T=self.rows_T[begin:end])
 
 
 class RotaryEmbedding:
@@ -29,8 +57,8 @@ class RotaryEmbedding:
         self._cos_PF: Tensor | None = None
         self._sin_PF: Tensor | None = None
 
-    def angles(self, positions_T: Tensor, context_len_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """cos and sin of the tokens' angles, float32 [T, F], times the attention factor of yarn.
+    def angles(self, positions_T: Tensor, context_len_T: Tensor | None = None) -> Angles:
+        """cos and sin of the tokens' angles, times the attention factor of yarn.
 
         Args:
             positions_T: int64 [T].
@@ -42,19 +70,13 @@ class RotaryEmbedding:
                 context_len_T = (positions_T.max() + 1).expand(positions_T.shape)
             if positions_T.is_cuda or int(context_len_T.max()) > self.spec.max_position:
                 angles_TF = positions_T[:, None].float() * self.spec.dynamic_inv_freq(context_len_T)
-                return angles_TF.cos(), angles_TF.sin()
+                return Angles(cos_PF=angles_TF.cos(), sin_PF=angles_TF.sin(), rows_T=None)
         cos_PF, sin_PF = self._tables(positions_T)
-        return cos_PF[positions_T], sin_PF[positions_T]
-
-    def rotate_(self, q_THD: Tensor, k_TKD: Tensor, positions_T: Tensor, context_len_T: Tensor | None = None) -> None:
-        """Rotates `q_THD` and `k_TKD` in place; see `angles` for the other arguments."""
-        angles = self.angles(positions_T, context_len_T)
-        apply_rotary_(q_THD, *angles)
-        apply_rotary_(k_TKD, *angles)
+        return Angles(cos_PF=cos_PF, sin_PF=sin_PF, rows_T=positions_T)
 
     def rotate(self, x_TXD: Tensor, positions_T: Tensor, context_len_T: Tensor | None = None) -> Tensor:
         """A rotated copy of `x_TXD`; see `angles` for the other arguments."""
-        return apply_rotary_(x_TXD.clone(), *self.angles(positions_T, context_len_T))
+        return apply_rotary_(x_TXD.clone(), *self.angles(positions_T, context_len_T).by_token())
 
     def reserve(self, positions: int, device: torch.device) -> None:
         """Makes the tables for positions [0, positions) on `device`."""

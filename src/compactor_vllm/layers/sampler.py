@@ -145,7 +145,7 @@ def _build_draws(rows: list[tuple[int, SamplingParams, float]], group: str, devi
         for b, p, u in rows
     ]
     return Draws(
-        torch.tensor(table, dtype=torch.float64).to(device),
+        torch.tensor(table, dtype=torch.float64).to(device, non_blocking=True),
         max(p.top_k for _, p, _ in rows if p.top_k is not None) if group == "narrow" else None,
         any(p.top_k is not None for _, p, _ in rows),
         any(p.top_p < 1 for _, p, _ in rows),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -16,7 +16,7 @@ from compactor_vllm.kv_cache.layer_cache import LayerKV
 from compactor_vllm.layers.embed_head import VocabEmbedding
 from compactor_vllm.layers.layernorm import RMSNorm
 from compactor_vllm.layers.linear import Linear, MergedLinear, WeightLayer, WeightSlot
-from compactor_vllm.layers.mlp import GatedMLP
+from compactor_vllm.layers.mlp import Activation, GatedMLP, silu_and_mul
 from compactor_vllm.layers.moe import SparseMoE
 from compactor_vllm.layers.rotary import RotaryEmbedding
 from compactor_vllm.models.spec import ModelSpec
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Attention(nn.Module):
-    """Projections around the attention kernel, which the runner calls between `qkv` and `o_proj`."""
+    """Projections around the attention kernel, which the runner calls between `qkv_proj` and `o_proj`."""
 
     def __init__(self, spec: ModelSpec):
         super().__init__()
@@ -38,13 +38,13 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps) if spec.qk_norm else None
         self.k_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps) if spec.qk_norm else None
 
-    def qkv(self, hidden_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Contiguous q [T, H, D], k and v [T, K, D] before RoPE."""
-        qkv_TXD = self.qkv_proj(hidden_TE).view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
-        q_THD, k_TKD, v_TKD = qkv_TXD.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q_THD, k_TKD = self.q_norm(q_THD), self.k_norm(k_TKD)
-        return q_THD.contiguous(), k_TKD.contiguous(), v_TKD.contiguous()
+    def norms(self) -> dict[str, Any]:
+        """The arguments of `split_qkv` that say how queries and keys are normalised."""
+        return {
+            "q_norm_D": None if self.q_norm is None else self.q_norm.weight,
+            "k_norm_D": None if self.k_norm is None else self.k_norm.weight,
+            "eps": 0.0 if self.q_norm is None else self.q_norm.eps,
+        }
 
 
 class DecoderLayer(nn.Module):
@@ -62,17 +62,17 @@ class DecoderLayer(nn.Module):
         self.mlp = mlp
         self.kv = LayerKV(kv_heads=spec.num_kv_heads, k_dim=spec.head_dim, v_dim=spec.head_dim)
 
-    def attention_inputs(self, x_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q [T, H, D], k and v [T, K, D] before RoPE: normalised, projected, biased, QK-normalised, contiguous."""
-        return self.self_attn.qkv(self.input_layernorm(x_TE))
+    def qkv(self, x_TE: Tensor) -> Tensor:
+        """Normalised, projected and biased: [T, (H + 2 K) D], what `split_qkv` takes."""
+        return self.self_attn.qkv_proj(self.input_layernorm(x_TE))
 
     def attention_output(self, x_TE: Tensor, attn_THD: Tensor) -> Tensor:
         """x += o_proj(attention) in place; `x_TE` is returned."""
         return self.self_attn.o_proj.add_to_(x_TE, attn_THD.flatten(1))
 
-    def mlp_output(self, x_TE: Tensor) -> Tensor:
+    def mlp_output(self, x_TE: Tensor, activation: Activation = silu_and_mul) -> Tensor:
         """x += mlp(norm(x)) in place; `x_TE` is returned."""
-        return self.mlp.add_to_(x_TE, self.post_attention_layernorm(x_TE))
+        return self.mlp.add_to_(x_TE, self.post_attention_layernorm(x_TE), activation)
 
 
 class CausalLM(nn.Module, ABC):

@@ -90,25 +90,3 @@ class PrefillBatch:
     @property
     def max_seqlen(self) -> int:
         return max(self.seqlens)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodeBatch:
-    """One token of every running sequence.
-
-    Attributes:
-        input_ids_B, positions_B: int64.
-        context_len_B: int64, length of each sequence with this token.
-        slots_B: int32, the private segment that each token is appended to.
-        segments_BG: int32, all segments of each sequence, -1 padding.
-    """
-
-    input_ids_B: Tensor
-    positions_B: Tensor
-    context_len_B: Tensor
-    slots_B: Tensor
-    segments_BG: Tensor
-
-
-ForwardBatch = PrefillBatch | DecodeBatch
-"""What one step needs."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def derive_seed(seed: int, index: int) -> int:
@@ -26,3 +29,13 @@ def batch_progress(total: int, show: bool) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("generating", total=total)
         yield lambda done: progress.update(task, completed=done)
+
+
+def track(items: Sequence[T], what: str, show: bool) -> Iterable[T]:
+    """The items, with a progress bar on stderr while they are iterated over."""
+    if not show:
+        return items
+    from rich.console import Console
+    from rich.progress import track as rich_track
+
+    return rich_track(items, description=what, console=Console(stderr=True), transient=True)

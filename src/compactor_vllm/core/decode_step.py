@@ -1,0 +1,215 @@
+"""A decode step: one token of every running sequence, launched eagerly or replayed from CUDA graphs.
+
+Shape suffixes: B rows (sequences), G segments of a sequence, L layers, H query heads, D head dimension, E hidden size,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compactor_vllm.core.request import Request
+from compactor_vllm.kv_cache.page_table import PagedKVCache
+from compactor_vllm.layers.attention import LayerInfo
+from compactor_vllm.layers.kernels import Kernels
+from compactor_vllm.models.common import CausalLM, DecoderLayer
+from compactor_vllm.utils.context import MAX_SEGMENTS
+from compactor_vllm.utils.helpers import track
+
+logger = logging.getLogger("compactor_vllm")
+
+_TOKEN, _POSITION, _SLOT, _SOURCE, _FIELDS = range(5)  # columns of a step's inputs; segments follow
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeOutput:
+    """What a step leaves on the device, until the next one with graphs overwrites it.
+
+    Attributes:
+        logits_BV: float32.
+        greedy_2B: int64, the token of the largest logit, and whether that logit is not finite.
+    """
+
+    logits_BV: Tensor
+    greedy_2B: Tensor
+
+
+class DecodeStep:
+    """The launches of a step, and the buffers that they read.
+
+    A step reads one small tensor of inputs. Tokens that were drawn in the step before and have not reached the host
+    yet are taken from `drawn_B`, on the device. Rows beyond the sequences (a graph has a fixed number of rows) have
+    neither slot nor segments: they cache nothing and attend to nothing.
+
+    Args:
+        model, layers, kernels, cache, layer_infos: of the runner.
+        max_rows: most sequences of a step.
+
+    Attributes:
+        drawn_B: int64, what the last step drew for each row.
+        queries_LBHD: the queries of the last step.
+        graph_bytes: memory that captured graphs hold.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        layers: list[DecoderLayer],
+        kernels: Kernels,
+        cache: PagedKVCache,
+        layer_infos: list[LayerInfo],
+        max_rows: int,
+    ):
+        self.model, self.layers, self.kernels, self.cache, self.layer_infos = model, layers, kernels, cache, layer_infos
+        self.max_rows, self.device = max_rows, cache.device
+        spec, on_gpu = model.spec, cache.device.type == "cuda"
+        self._inputs = torch.zeros(max_rows, _FIELDS + MAX_SEGMENTS, dtype=torch.int32, device=self.device)
+        # Two, so that one can be written while the copy of the other is still on its way.
+        self._host = [torch.zeros(self._inputs.shape, dtype=torch.int32, pin_memory=on_gpu) for _ in range(2)]
+        self._copied = [torch.cuda.Event() for _ in range(2)] if on_gpu else []
+        self.drawn_B = torch.zeros(max_rows, dtype=torch.int64, device=self.device)
+        shape = (spec.num_layers, max_rows, spec.num_heads, spec.head_dim)
+        self.queries_LBHD = torch.zeros(shape, dtype=cache.dtype, device=self.device)
+        self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, DecodeOutput]] = {}
+        self._pool: Any = None
+        self.buckets: list[int] = []
+        self.graph_bytes = 0
+
+    # ---- running a step ------------------------------------------------------------------------------------------
+
+    def run(self, requests: list[Request], sources: list[int]) -> DecodeOutput:
+        """Launches a step; see `ModelRunner.decode`."""
+        rows = len(requests)
+        size = next((bucket for bucket in self.buckets if bucket >= rows), None)
+        shared = _shares_segments(requests)
+        self._write_inputs(requests, sources, size or rows)
+        if size is None:
+            return self._launch(rows, shared)
+        if (size, shared) not in self._graphs:
+            self._capture(size, shared)
+        graph, output = self._graphs[size, shared]
+        graph.replay()
+        return DecodeOutput(logits_BV=output.logits_BV[:rows], greedy_2B=output.greedy_2B[:, :rows])
+
+    def launch_idle(self, rows: int) -> Tensor:
+        """A step of rows without sequences, which changes nothing; its logits."""
+        self._inputs[:, _TOKEN], self._inputs[:, _POSITION], self._inputs[:, _SLOT:] = 0, 0, -1
+        return self._launch(rows, False).logits_BV
+
+    def _write_inputs(self, requests: list[Request], sources: list[int], rows: int) -> None:
+        self._host.reverse()
+        self._copied.reverse()
+        if self._copied:
+            self._copied[0].synchronize()
+        host = self._host[0].numpy()[:rows]
+        host[:, _TOKEN], host[:, _POSITION], host[:, _SLOT:] = 0, 0, -1
+        count = len(requests)
+        known = [-1 if source >= 0 else request.next_input for request, source in zip(requests, sources, strict=True)]
+        host[:count, _TOKEN] = np.maximum(known, 0)
+        host[:count, _POSITION] = [request.computed for request in requests]
+        host[:count, _SLOT] = [request.segments[-1].slot for request in requests]
+        host[:count, _SOURCE] = sources
+        for row, request in zip(host, requests, strict=False):
+            row[_FIELDS : _FIELDS + len(request.segments)] = [s.slot for s in request.segments]
+        self._inputs[:rows].copy_(self._host[0][:rows], non_blocking=True)
+        if self._copied:
+            self._copied[0].record()
+
+    def _launch(self, rows: int, shared: bool) -> DecodeOutput:
+        """All launches of a step of `rows` rows.
+
+        Args:
+            shared: whether sequences may share segments.
+        """
+        model, attention, inputs = self.model, self.kernels.attention, self._inputs[:rows]
+        source_B = inputs[:, _SOURCE].long()
+        ids_B = torch.where(source_B >= 0, self.drawn_B[source_B.clamp(min=0)], inputs[:, _TOKEN].long())
+        positions_B, slots_B = inputs[:, _POSITION].long(), inputs[:, _SLOT].contiguous()
+        segments_BG = inputs[:, _FIELDS:].contiguous()
+        angles = model.rotary.angles(positions_B, positions_B + 1)
+        options = self._plan(segments_BG, shared)
+        x_BE = model.embed(ids_B)
+        for info, layer in zip(self.layer_infos, self.layers, strict=True):
+            cache, q_BHD = self.cache.layer(info.index), self.queries_LBHD[info.index, :rows]
+            self.kernels.split_qkv_append(
+                layer.qkv(x_BE),
+                q_BHD,
+                cache,
+                positions_B,
+                slots_B,
+                **layer.self_attn.norms(),
+                cos_PF=angles.cos_PF,
+                sin_PF=angles.sin_PF,
+                angles_by_row=angles.rows_T is None,
+            )
+            if options:
+                options["layer"] = info.index
+            attention_BHD = attention.decode(q_BHD, cache, segments_BG, info.scale, **options)
+            x_BE = layer.mlp_output(layer.attention_output(x_BE, attention_BHD), self.kernels.activation)
+        logits_BV = model.logits(x_BE)
+        best_B, ids_B = logits_BV.max(dim=1)
+        self.drawn_B[:rows] = ids_B
+        return DecodeOutput(logits_BV=logits_BV, greedy_2B=torch.stack([ids_B, (~best_B.isfinite()).long()]))
+
+    def _plan(self, segments_BG: Tensor, shared: bool) -> dict:
+        """Arguments of decode attention that hold its plan for all layers."""
+        plan = self.kernels.attention.plan_decode
+        if plan is None:
+            return {}
+        info = self.layer_infos[0]
+        return {
+            "plan": plan(
+                self.cache.seg_lens_LSK,
+                self.cache.head_begin_LSK,
+                segments_BG,
+                num_heads=info.num_heads,
+                head_dim=info.head_dim,
+                dtype=self.cache.dtype,
+                extra=1,
+                max_sharing=None if shared else 1,
+            )
+        }
+
+    # ---- CUDA graphs ---------------------------------------------------------------------------------------------
+
+    def use_graphs(self) -> bool:
+        """Whether steps can be captured: on a GPU, with kernels that never wait for the host."""
+        return self.device.type == "cuda" and self.kernels.attention.captures
+
+    def capture_all(self, show_progress: bool) -> None:
+        """Captures the steps of every bucket without shared segments (those with are captured when first needed)."""
+        self.buckets = graph_buckets(self.max_rows)
+        before = torch.cuda.memory_reserved(self.device)
+        for size in track(self.buckets[::-1], "capturing CUDA graphs", show_progress):
+            self._capture(size, False)
+        self.graph_bytes = torch.cuda.memory_reserved(self.device) - before
+
+    def _capture(self, rows: int, shared: bool) -> None:
+        kept, drawn = self._inputs.clone(), self.drawn_B.clone()
+        self.launch_idle(rows)
+        self._launch(rows, shared)  # compiles and loads what the capture must not
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            output = self._launch(rows, shared)
+        self._pool = graph.pool()
+        self._graphs[rows, shared] = (graph, output)
+        self._inputs.copy_(kept)
+        self.drawn_B.copy_(drawn)
+
+
+def graph_buckets(max_rows: int) -> list[int]:
+    """Numbers of rows that graphs are captured for, ascending: few waste more than an eighth of a step's rows."""
+    sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, max_rows + 32, 32)]
+    return [size for size in sizes if size < max_rows] + [max_rows]
+
+
+def _shares_segments(requests: list[Request]) -> bool:
+    """Whether a segment is used by several of the requests."""
+    sealed = [segment for request in requests for segment in request.shared]
+    return len({id(segment) for segment in sealed}) < len(sealed)

@@ -1,0 +1,225 @@
+"""What the engine's memory is for, measured before the page pool takes the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from compactor_vllm.compression.compactor import Compactor
+from compactor_vllm.config import LLMConfig, SamplingParams
+from compactor_vllm.core.memory_manager import KVCacheManager
+from compactor_vllm.core.model_runner import ModelRunner
+from compactor_vllm.core.request import PrefillPart, Request
+from compactor_vllm.core.unit_sizes import INTERRUPTING_TOKENS, UnitSizes
+from compactor_vllm.errors import ConfigError
+from compactor_vllm.kv_cache.layer_cache import LayerKV
+from compactor_vllm.kv_cache.page_table import page_bytes
+from compactor_vllm.layers.kernels import Kernels
+from compactor_vllm.layers.sampler import SamplingBatch, sample
+from compactor_vllm.models.common import CausalLM
+from compactor_vllm.utils.sequence import Sequence
+
+_META_BYTES = 8
+"""Position and score of a cached token."""
+
+_SLACK = 256 * 2**20
+"""Left free on a GPU, for what libraries allocate by themselves."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryUsage:
+    """Bytes that are taken before there is a page pool, or will be taken beside it.
+
+    Attributes:
+        weights: parameters and tables of angles.
+        prefill: peak of the activations of the largest prefill.
+        decode: peak of the largest decode step and its draws; CUDA graphs take as much.
+    """
+
+    weights: int
+    prefill: int
+    decode: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """What the engine's memory is for, in bytes; `rows()` for the table at the start.
+
+    Attributes:
+        weights, activations, graphs, pages: on the device.
+        page_bytes, num_pages: of the pool.
+        host: memory beside the device's for preempted sequences.
+    """
+
+    weights: int
+    activations: int
+    graphs: int
+    pages: int
+    page_bytes: int
+    num_pages: int
+    host: int
+
+    def rows(self) -> list[tuple[str, str]]:
+        mib = 2**20
+        device = [
+            ("weights", self.weights),
+            ("activations (peak)", self.activations),
+            ("CUDA graphs", self.graphs),
+        ]
+        return [
+            *((name, f"{size / mib:,.0f} MiB") for name, size in device if size),
+            ("KV pages", f"{self.pages / mib:,.0f} MiB ({self.num_pages:,} pages of {self.page_bytes / 1024:g} KiB)"),
+            ("host memory for preempted sequences", f"{self.host / mib:,.0f} MiB"),
+        ]
+
+
+def measure_usage(
+    config: LLMConfig,
+    model: CausalLM,
+    kernels: Kernels,
+    sizes: UnitSizes,
+    max_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> MemoryUsage:
+    """Runs the largest prefill through one layer, and the largest decode step, and measures what they take.
+
+    On a CPU, whose memory is planned by its free part, nothing is run.
+
+    Raises:
+        ConfigError: the prefill does not fit.
+    """
+    weights = sum(p.nbytes for p in model.parameters())
+    if device.type != "cuda":
+        return MemoryUsage(weights=weights, prefill=0, decode=0)
+    tokens = max(sizes.prefill_tokens, max_len) + min(INTERRUPTING_TOKENS, max_len)
+    lengths = [max_len] * (tokens // max_len) + ([tokens % max_len] if tokens % max_len else [])
+    try:
+        prefill, decode = _measure_peaks(config, model, kernels, sizes, lengths, dtype, device)
+    except torch.cuda.OutOfMemoryError as error:
+        raise ConfigError(
+            f"a prefill of {tokens:,} tokens does not fit into the GPU's memory beside {weights / 2**20:,.0f} MiB of "
+            "weights; lower max_model_len or max_num_seqs"
+        ) from error
+    finally:
+        torch.cuda.empty_cache()
+    return MemoryUsage(weights=weights, prefill=prefill, decode=decode)
+
+
+def _measure_peaks(
+    config: LLMConfig,
+    model: CausalLM,
+    kernels: Kernels,
+    sizes: UnitSizes,
+    lengths: list[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[int, int]:
+    heads, page = model.spec.layer_kv[0].kv_heads, config.kvcache_page_size
+    manager = KVCacheManager(
+        layers=model.spec.layer_kv[:1],
+        num_pages=2 * heads * len(lengths),
+        page_size=page,
+        max_segments=len(lengths),
+        dtype=dtype,
+        device=device,
+    )
+    runner = ModelRunner(model, kernels, manager, config.leverage_sketch_size, config.max_num_seqs)
+    prefill = _peak(lambda: _prefill(runner, sizes, lengths, page), device)
+    return prefill, _peak(lambda: _decode(runner, config.max_num_seqs), device)
+
+
+def _peak(run: Callable[[], None], device: torch.device) -> int:
+    """Bytes that are allocated at most while `run` runs, beside those allocated before."""
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+@torch.inference_mode()
+def _prefill(runner: ModelRunner, sizes: UnitSizes, lengths: list[int], kept: int) -> None:
+    method, manager = Compactor(), runner.manager
+    requests = [
+        Request(
+            sequence=Sequence(prompt_token_ids=[0] * length),
+            arrival=i,
+            started=0.0,
+            seed=0,
+            method=method,
+            parts=(PrefillPart(begin=0, end=length, kept=min(kept, length), method=method),),
+            stop_ids=frozenset(),
+            max_tokens=length + 1,
+            detokenizer=None,
+            private=manager.reserve(manager.prefill_pages(length, min(kept, length)), length),
+        )
+        for i, length in enumerate(lengths)
+    ]
+    for _ in runner.prefill(requests, sizes).progress:
+        pass
+    for request in requests:
+        assert request.private is not None
+        manager.free(request.private)
+
+
+@torch.inference_mode()
+def _decode(runner: ModelRunner, rows: int) -> None:
+    logits_BV = runner.step.launch_idle(rows)
+    params = SamplingParams(temperature=1.0, top_p=0.9)
+    sample(logits_BV, SamplingBatch.build([params] * rows, [0.5] * rows, device=logits_BV.device))
+
+
+def plan_memory(
+    config: LLMConfig,
+    layers: tuple[LayerKV, ...],
+    usage: MemoryUsage,
+    max_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> MemoryPlan:
+    """Sizes the page pool.
+
+    Raises:
+        ConfigError: the memory does not hold a single page of every head.
+    """
+    size = page_bytes(layers, config.kvcache_page_size, dtype)
+    per_page = size + _META_BYTES * config.kvcache_page_size
+    graphs = 0 if config.enforce_eager or device.type != "cuda" else usage.decode
+    activations = max(usage.prefill, usage.decode)
+    budget = config.kv_cache_memory_bytes
+    if budget is None and device.type == "cpu":
+        budget = _free_host_memory() // 4
+    elif budget is None:
+        free, total = torch.cuda.mem_get_info(device)
+        budget = int(config.gpu_memory_utilization * total) - (total - free) - activations - graphs - _SLACK
+    heads = sum(layer.kv_heads for layer in layers)
+    useful = config.max_num_seqs * heads * -(-max_len // config.kvcache_page_size)
+    num_pages = min(budget // per_page, useful)
+    if num_pages < heads:
+        raise ConfigError(
+            f"the KV cache would have {max(num_pages, 0)} pages, and one page for each of the {heads} KV heads takes "
+            f"{heads * per_page:,} bytes; raise "
+            + ("gpu_memory_utilization" if device.type == "cuda" else "kv_cache_memory_bytes")
+            + " or lower kvcache_page_size"
+            + (" or max_model_len" if device.type == "cuda" else "")
+        )
+    return MemoryPlan(
+        weights=usage.weights,
+        activations=activations,
+        graphs=graphs,
+        pages=num_pages * per_page,
+        page_bytes=size,
+        num_pages=num_pages,
+        host=min(_free_host_memory() // 4, num_pages * per_page),
+    )
+
+
+def _free_host_memory() -> int:
+    import psutil
+
+    return psutil.virtual_memory().available
