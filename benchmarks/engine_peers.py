@@ -115,7 +115,8 @@ def run_vllm(job: Job, output: Output) -> None:
     vllm_seconds(llm, job, 1, job.prompt_tokens, 8, 901)
     for repeat in range(job.repeats):
         if job.metric == "ms/step":
-            value, fields = vllm_step(llm, job, repeat), {"timed_steps": LONG - SHORT}
+            value = vllm_step(llm, job, repeat)
+            fields: dict[str, float] = {"timed_steps": LONG - SHORT}
         else:
             seconds = vllm_seconds(llm, job, job.requests, job.prompt_tokens, job.new_tokens, repeat)
             value, fields = job.value(seconds), {"seconds": seconds}

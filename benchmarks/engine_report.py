@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterable
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ class Results:
     """
 
     def __init__(self, folder: str | None, before: Iterable[Row] = (), *, fresh: bool = False):
-        self.head = machine()
+        self.head = {**machine(), "run": datetime.now(timezone.utc).isoformat(timespec="seconds")}
         target = Path(folder or os.environ.get("OUT") or Path(__file__).parent / "results")
         target.mkdir(parents=True, exist_ok=True)
         name = self.head["device"].lower().replace("nvidia", "").strip().replace(" ", "-")
@@ -97,7 +98,7 @@ class Results:
 
     def put(self, row: Row) -> None:
         """Adds a row, or replaces the one that measured the same, and writes the file."""
-        row = {**row, "device": self.head["device"], "commit": self.head["commit"]}
+        row = {**row, **{field: self.head[field] for field in ("device", "commit", "run")}}
         self.failed = self.failed or "error" in row
         known = [identity(other) for other in self.rows]
         if identity(row) in known:
@@ -119,7 +120,7 @@ def read_rows(files: Iterable[str]) -> list[Row]:
     for file in files:
         data = json.loads(Path(file).read_text())
         for row in data["rows"]:
-            rows[identity(row)] = {"device": data["device"], "commit": data["commit"], **row}
+            rows[identity(row)] = dict(row)
     return list(rows.values())
 
 
@@ -137,7 +138,8 @@ def label(row: Row) -> str:
 
 def anchors_of(row: Row) -> dict[str, Tags]:
     """The anchors that a row may be compared with: those of its card, for the workload as it stands in ANCHORS.md."""
-    as_written = row["shape"] == "qwen3-8b" and row["scale"] == 1 and row["length_scale"] == 1
+    written = {"shape": "qwen3-8b", "scale": 1, "length_scale": 1, "memory_utilization": 0.9}
+    as_written = all(row[field] == value for field, value in written.items())
     card = next((name for name in ANCHORS if name in row["device"]), None)
     return ANCHORS[card] if card and as_written else {}
 
@@ -153,10 +155,10 @@ def same_work(row: Row, other: Row) -> bool:
 
 
 def against_vllm(row: Row, rows: list[Row]) -> str:
-    """A row's ratio to vLLM as measured, else to its anchor, which is marked."""
+    """A row's ratio to vLLM as measured, else to its anchor; what is not of the same run is marked."""
     for other in rows:
         if other["engine"] == "vllm" and other.get("kv_cache_dtype") == "auto" and same_work(row, other):
-            return f"{speedup(row, other['value']):.3f}"
+            return f"{speedup(row, other['value']):.3f}" + ("" if row["run"] == other["run"] else " (other run)")
     anchor = anchors_of(row).get("vllm", {}).get(row["workload"])
     return f"{speedup(row, anchor):.3f} (anchor)" if anchor else ""
 
@@ -169,10 +171,10 @@ def table(workload: str, rows: list[Row]) -> str:
     first = mine[0]
     prompt, new = f"{first['prompt_tokens']:,}", f"{first['new_tokens']:,}"
     title = f"{workload}: {first['requests']} " + (
-        f"run, {prompt} come" if workload == "latency" else f"x ({prompt} + {new})"
+        f"decode while {prompt} come in" if workload == "latency" else f"x ({prompt} + {new})"
     )
     lines = [f"{title}, {first['metric']}, {first['device']}"]
-    lines.append(f"{'':38s} {'value':>10s} {'x full':>8s} {'x vLLM':>15s} {'goal':>8s} {'KV MiB/seq':>11s}")
+    lines.append(f"{'':38s} {'value':>10s} {'x full':>8s} {'x vLLM':>18s} {'goal':>8s} {'KV MiB/seq':>11s}")
     for row in mine:
         if "value" not in row:
             reason = "failed: " + row["error"] if "error" in row else row.get("skipped", "no sample")
@@ -184,7 +186,7 @@ def table(workload: str, rows: list[Row]) -> str:
         goal = f"{goals[row['retention']]:.1f}" if row["retention"] in goals else ""
         kv = row.get("kv_bytes_per_sequence")
         kept = f"{kv / 2**20:,.1f}" if kv else ""
-        lines.append(f"{label(row):38s} {_number(row['value']):>10s} {ratio:>8s} {vllm:>15s} {goal:>8s} {kept:>11s}")
+        lines.append(f"{label(row):38s} {_number(row['value']):>10s} {ratio:>8s} {vllm:>18s} {goal:>8s} {kept:>11s}")
         lines += _notes(row)
     return "\n".join(lines)
 

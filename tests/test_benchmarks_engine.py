@@ -150,9 +150,11 @@ def test_ratios_name_anchors_as_such():
         "metric": "ms/step",
         "higher_is_better": False,
         "device": "NVIDIA H100 80GB HBM3",
+        "run": "today",
         "value": 6.605,
     }
     assert "2.000 (anchor)" in table("decode", [row])
     peer = {**row, "engine": "vllm", "method": "none", "retention": 1.0, "kv_cache_dtype": "auto", "value": 9.9075}
     assert "1.500 " in table("decode", [row, peer]) and "anchor" not in table("decode", [row, peer])
+    assert "1.500 (other run)" in table("decode", [row, {**peer, "run": "yesterday"}])
     assert "anchor" not in table("decode", [{**row, "scale": 0.5}])

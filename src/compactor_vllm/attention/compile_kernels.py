@@ -36,6 +36,8 @@ __all__ = ["ARCHITECTURES", "KERNEL_MODULES", "CompileReport", "compile_all", "m
 KERNEL_MODULES = (
     "compactor_vllm.attention.sparse_varlen_kernel",
     "compactor_vllm.attention.sparse_decode_kernel",
+    "compactor_vllm.layers.qkv_kernel",
+    "compactor_vllm.layers.activation_kernel",
     "compactor_vllm.kv_cache.store_kv_cache",
     "compactor_vllm.kv_cache.write_page_table",
     "compactor_vllm.compression.select_kernel",

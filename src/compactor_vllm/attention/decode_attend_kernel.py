@@ -26,7 +26,7 @@ from compactor_vllm.attention.decode_plan_kernel import (
 HIDDEN = tl.constexpr(-1e30)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def attend_kernel(
     q_ptr,
     k_ptr,

@@ -33,7 +33,7 @@ ENTRY_RANK, ENTRY_USERS, ENTRY_LEADER = tl.constexpr(0), tl.constexpr(1), tl.con
 ENTRY_PLACE, ENTRY_SORTED = tl.constexpr(3), tl.constexpr(4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def group_entries_kernel(
     segments_ptr, entries_ptr, num_seqs, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr
 ):
@@ -63,7 +63,7 @@ def group_entries_kernel(
     tl.store(entries_ptr + ENTRY_SORTED * num_entries + lower + rank, entry, mask=used)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def plan_kernel(
     segments_ptr,
     lens_ptr,

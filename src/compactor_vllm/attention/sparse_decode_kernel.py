@@ -282,7 +282,7 @@ def _aot(
     return kernel, signature, constants, num_warps, num_stages, label
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def _merge_kernel(
     out_ptr,
     plan_ptr,

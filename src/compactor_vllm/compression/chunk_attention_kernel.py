@@ -183,7 +183,7 @@ def _value_lengths(v_ptr, begin, end, head, NUM_KV_HEADS: tl.constexpr, V_DIM: t
     return tl.sqrt(squares)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def _chunk_attention_kernel(
     q_ptr, k_ptr, v_ptr, cu_seqlens_ptr, out_ptr, num_seqs, chunk, scale,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,

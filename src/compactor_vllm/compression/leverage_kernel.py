@@ -165,7 +165,7 @@ def _sketch_terms(phi_DS: Tensor, dtype: torch.dtype) -> Tensor:
     return terms
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def _leverage_kernel(
     k_ptr, phi_ptr, cu_seqlens_ptr, out_ptr, num_seqs, unit, ridge,
     NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, COLUMNS: tl.constexpr,
@@ -198,7 +198,7 @@ def _matrix_pointers(base_ptr, index, head, NUM_KV_HEADS: tl.constexpr, PADDED: 
     return begin + lane[:, None] * PADDED + lane[None, :], begin + PADDED * PADDED + lane
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def _moments_kernel(
     k_ptr, phi_ptr, cu_seqlens_ptr, parts_ptr, num_seqs, unit,
     NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, COLUMNS: tl.constexpr,
@@ -221,7 +221,7 @@ def _moments_kernel(
         tl.store(vector, mean)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def _factor_kernel(
     cu_seqlens_ptr, parts_ptr, factors_ptr, num_seqs, unit, ridge,
     NUM_KV_HEADS: tl.constexpr, COLUMNS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
@@ -253,7 +253,7 @@ def _factor_kernel(
         tl.store(vector, mean)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def _apply_kernel(
     k_ptr, phi_ptr, cu_seqlens_ptr, factors_ptr, out_ptr, num_seqs, unit,
     NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, COLUMNS: tl.constexpr,

@@ -157,7 +157,7 @@ def _check(
     return num_seqs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs", "groups"])
 def _histogram_kernel(
     scores_ptr, protected_ptr, cu_seqlens_ptr, floor_ptr, keep_ptr, histograms_ptr, num_seqs, groups,
     NUM_KV_HEADS: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, BLOCK: tl.constexpr,
@@ -194,7 +194,7 @@ def _histogram_kernel(
         tl.atomic_add(target, counts, mask=counts > 0, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs", "groups"])
 def _tally_kernel(
     scores_ptr, protected_ptr, cu_seqlens_ptr, floor_ptr, keep_ptr, histograms_ptr, num_seqs, groups,
     limits_ptr, tallies_ptr,
@@ -229,7 +229,7 @@ def _tally_kernel(
             tl.store(limits_ptr + group * 2 + 1, need)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def _floor_cut_kernel(
     scores_ptr, protected_ptr, cu_seqlens_ptr, limits_ptr, tallies_ptr, cuts_ptr, num_seqs,
     NUM_KV_HEADS: tl.constexpr, BLOCK: tl.constexpr, SCAN: tl.constexpr,
@@ -256,7 +256,7 @@ def _floor_cut_kernel(
     tl.store(cuts_ptr + group * 2 + 1, last)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs", "total_pairs"])
 def _write_kernel(
     scores_ptr, protected_ptr, cu_seqlens_ptr, floor_ptr, keep_ptr, limits_ptr, tallies_ptr, kept_ptr, counts_ptr,
     num_seqs, total_pairs,

@@ -170,7 +170,7 @@ def _load_queries(
     return tl.load(q_ptr + place, mask=mask, other=0.0), token
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs", "row_blocks"])
 def _row_sums_kernel(
     q_ptr, k_ptr, cu_seqlens_ptr, parts_ptr, num_seqs, window, row_blocks, scale,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
@@ -205,7 +205,7 @@ def _row_sums_kernel(
                 tl.store(target + (row_blocks + row_block) * ROWS, tl.where(exists, sums, 0.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_blocks"])
 def _merge_kernel(
     cu_seqlens_ptr, parts_ptr, normalizers_ptr, window, row_blocks,
     NUM_KV_HEADS: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
@@ -236,7 +236,7 @@ def _merge_kernel(
         tl.store(target, tl.where(sums > 0.0, maxima + tl.log2(tl.maximum(sums, 1e-37)), float("inf")))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs", "row_blocks"])
 def _received_kernel(
     q_ptr, k_ptr, cu_seqlens_ptr, normalizers_ptr, out_ptr, num_seqs, window, row_blocks, scale,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
@@ -267,7 +267,7 @@ def _received_kernel(
             tl.store(target, received / (GROUP * queries).to(tl.float32), mask=token < first_query)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def _pool_kernel(
     x_ptr, out_ptr, cu_seqlens_ptr, num_seqs, window, reach, window_score,
     NUM_KV_HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, BLOCK: tl.constexpr, MAXIMUM: tl.constexpr,

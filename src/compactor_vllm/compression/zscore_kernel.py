@@ -153,7 +153,7 @@ def _store_moments(target_ptr, x, counted, HEADS_PADDED: tl.constexpr, PER_HEAD:
     tl.store(target_ptr + 2 * HEADS_PADDED + lane, spread)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def _moments_kernel(
     x_ptr, pooled_ptr, cu_seqlens_ptr, counted_ptr, moments_ptr, num_seqs, unit, pool_reach,
     NUM_KV_HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, BLOCK: tl.constexpr, PER_HEAD: tl.constexpr,
@@ -209,7 +209,7 @@ def _merge_moments(moments_ptr, first, last, HEADS_PADDED: tl.constexpr, STRIDE:
     return count, mean, tl.maximum(squares / tl.maximum(count, 1.0) - mean * mean, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def _apply_kernel(
     x_ptr, out_ptr, cu_seqlens_ptr, moments_ptr, weight_ptr, base_ptr, num_seqs, unit, weight,
     NUM_KV_HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, BLOCK: tl.constexpr, PER_HEAD: tl.constexpr,

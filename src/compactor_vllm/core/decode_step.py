@@ -128,6 +128,7 @@ class DecodeStep:
             shared: whether sequences may share segments.
         """
         model, attention, inputs = self.model, self.kernels.attention, self._inputs[:rows]
+        ops = self.kernels.pointwise
         source_B = inputs[:, _SOURCE].long()
         ids_B = torch.where(source_B >= 0, self.drawn_B[source_B.clamp(min=0)], inputs[:, _TOKEN].long())
         positions_B, slots_B = inputs[:, _POSITION].long(), inputs[:, _SLOT].contiguous()
@@ -138,7 +139,7 @@ class DecodeStep:
         for info, layer in zip(self.layer_infos, self.layers, strict=True):
             cache, q_BHD = self.cache.layer(info.index), self.queries_LBHD[info.index, :rows]
             self.kernels.split_qkv_append(
-                layer.qkv(x_BE),
+                layer.qkv(x_BE, ops),
                 q_BHD,
                 cache,
                 positions_B,
@@ -151,8 +152,8 @@ class DecodeStep:
             if options:
                 options["layer"] = info.index
             attention_BHD = attention.decode(q_BHD, cache, segments_BG, info.scale, **options)
-            x_BE = layer.mlp_output(layer.attention_output(x_BE, attention_BHD), self.kernels.activation)
-        logits_BV = model.logits(x_BE)
+            x_BE = layer.mlp_output(layer.attention_output(x_BE, attention_BHD), ops)
+        logits_BV = model.logits(x_BE, ops)
         best_B, ids_B = logits_BV.max(dim=1)
         self.drawn_B[:rows] = ids_B
         return DecodeOutput(logits_BV=logits_BV, greedy_2B=torch.stack([ids_B, (~best_B.isfinite()).long()]))

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from compactor_vllm.compression.compactor import Compactor
+from compactor_vllm.compression import Compactor, SnapKV
+from compactor_vllm.compression.common import BaseCompressionMethod
+from compactor_vllm.compression.none import NoCompression
 from compactor_vllm.config import LLMConfig, SamplingParams
 from compactor_vllm.core.memory_manager import KVCacheManager
 from compactor_vllm.core.model_runner import ModelRunner
@@ -23,6 +25,8 @@ from compactor_vllm.utils.sequence import Sequence
 
 _META_BYTES = 8
 """Position and score of a cached token."""
+
+_WARM_UP_TOKENS = 1_024
 
 _SLACK = 256 * 2**20
 """Left free on a GPU, for what libraries allocate by themselves."""
@@ -117,17 +121,21 @@ def _measure_peaks(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[int, int]:
-    heads, page = model.spec.layer_kv[0].kv_heads, config.kvcache_page_size
+    page = config.kvcache_page_size
     manager = KVCacheManager(
         layers=model.spec.layer_kv[:1],
-        num_pages=2 * heads * len(lengths),
+        num_pages=model.spec.layer_kv[0].kv_heads * (2 * len(lengths) + 3 * (_WARM_UP_TOKENS // page + 1)),
         page_size=page,
-        max_segments=len(lengths),
+        max_segments=len(lengths) + 3,
         dtype=dtype,
         device=device,
     )
     runner = ModelRunner(model, kernels, manager, config.leverage_sketch_size, config.max_num_seqs)
-    prefill = _peak(lambda: _prefill(runner, sizes, lengths, page), device)
+    # First one of every kind, so that kernels are compiled here and not while a request waits.
+    short = min(_WARM_UP_TOKENS, max(lengths))
+    for method in (Compactor(), SnapKV(), None):
+        _prefill(runner, sizes, [short], short // 2, method)
+    prefill = _peak(lambda: _prefill(runner, sizes, lengths, page, Compactor()), device)
     return prefill, _peak(lambda: _decode(runner, config.max_num_seqs), device)
 
 
@@ -143,22 +151,26 @@ def _peak(run: Callable[[], None], device: torch.device) -> int:
 
 
 @torch.inference_mode()
-def _prefill(runner: ModelRunner, sizes: UnitSizes, lengths: list[int], kept: int) -> None:
-    method, manager = Compactor(), runner.manager
+def _prefill(
+    runner: ModelRunner, sizes: UnitSizes, lengths: list[int], kept: int, method: BaseCompressionMethod | None
+) -> None:
+    """Prefills prompts that keep `kept` tokens, or all of them without a method."""
+    manager = runner.manager
+    keeps = [min(kept, length) if method else length for length in lengths]
     requests = [
         Request(
             sequence=Sequence(prompt_token_ids=[0] * length),
             arrival=i,
             started=0.0,
             seed=0,
-            method=method,
-            parts=(PrefillPart(begin=0, end=length, kept=min(kept, length), method=method),),
+            method=method or NoCompression(),
+            parts=(PrefillPart(begin=0, end=length, kept=keep, method=method),),
             stop_ids=frozenset(),
             max_tokens=length + 1,
             detokenizer=None,
-            private=manager.reserve(manager.prefill_pages(length, min(kept, length)), length),
+            private=manager.reserve(manager.prefill_pages(length, keep), length),
         )
-        for i, length in enumerate(lengths)
+        for i, (length, keep) in enumerate(zip(lengths, keeps, strict=True))
     ]
     for _ in runner.prefill(requests, sizes).progress:
         pass

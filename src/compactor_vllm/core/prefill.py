@@ -126,7 +126,7 @@ class PrefillJob:
                 x_TE, q_THD = x_TE[last_rows], q_THD[last_rows]
             for a in range(0, len(x_TE), self.chunk_tokens):
                 rows = slice(a, a + self.chunk_tokens)
-                layer.mlp_output(layer.attention_output(x_TE[rows], q_THD[rows]), kernels.activation)  # in place
+                layer.mlp_output(layer.attention_output(x_TE[rows], q_THD[rows]), kernels.pointwise)  # in place
                 yield
         self._read_out(x_TE, batch, items, whole)
 
@@ -149,7 +149,7 @@ class PrefillJob:
         rows = slice(begin, min(begin + self.chunk_tokens, len(x_TE)))
         part = angles.slice(rows.start, rows.stop)
         self.runner.kernels.split_qkv(
-            layer.qkv(x_TE[rows]),
+            layer.qkv(x_TE[rows], self.runner.kernels.pointwise),
             heads.q_THD[rows],
             heads.k_TKD[rows],
             heads.v_TKD[rows],

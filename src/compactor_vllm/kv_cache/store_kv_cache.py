@@ -193,7 +193,7 @@ def _copy_meta(
     tl.store(meta_score_ptr + page * stride_score + row, score, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "num_cells"])
 def _store_selected_kernel(
     k_ptr, v_ptr, positions_ptr, scores_ptr, kept_ptr, counts_ptr, slots_ptr,
     k_pages_ptr, v_pages_ptr, meta_pos_ptr, meta_score_ptr, page_table_ptr, head_begin_ptr,
@@ -231,7 +231,7 @@ def _store_selected_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_seqs"])
 def _store_all_kernel(
     k_ptr, v_ptr, positions_ptr, scores_ptr, cu_seqlens_ptr, base_ptr, slots_ptr,
     k_pages_ptr, v_pages_ptr, meta_pos_ptr, meta_score_ptr, page_table_ptr, head_begin_ptr,

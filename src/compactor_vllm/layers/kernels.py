@@ -10,7 +10,7 @@ import torch
 
 from compactor_vllm.attention.backends import AttentionKernels, attention_kernels, resolve_backend
 from compactor_vllm.config import AttentionBackend
-from compactor_vllm.layers.mlp import Activation, silu_and_mul
+from compactor_vllm.layers.pointwise import TORCH, Pointwise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class Kernels:
         assign_pages, store_selected, store_all, append, compact: writes of the cache.
         select_tokens: exact selection of kept (token, head) pairs.
         split_qkv, split_qkv_append: from projections to heads, see `layers.qkv`.
-        activation: of the MLPs, see `layers.mlp`.
+        pointwise: norms and activations.
         scoring: which score kernels methods may use.
     """
 
@@ -37,7 +37,7 @@ class Kernels:
     select_tokens: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     split_qkv: Callable[..., None]
     split_qkv_append: Callable[..., None]
-    activation: Activation
+    pointwise: Pointwise
     scoring: Literal["triton", "torch"]
 
     def describe(self) -> dict[str, str]:
@@ -50,7 +50,7 @@ class Kernels:
             "store, append, compact": stores,
             "selection": stores,
             "scores": stores,
-            "QK norm, RoPE, activation": stores,
+            "norms, RoPE, activation": stores,
         }
 
 
@@ -76,7 +76,7 @@ def resolve_kernels(backend: AttentionBackend, device: torch.device) -> Kernels:
             "select_tokens": select_tokens,
             "split_qkv": qkv_kernel.split_qkv,
             "split_qkv_append": qkv_kernel.split_qkv_append,
-            "activation": activation_kernel.silu_and_mul,
+            "pointwise": Pointwise(rms_norm=activation_kernel.rms_norm, silu_and_mul=activation_kernel.silu_and_mul),
         }
     else:
         from compactor_vllm.compression import selection
@@ -89,7 +89,7 @@ def resolve_kernels(backend: AttentionBackend, device: torch.device) -> Kernels:
             "select_tokens": selection.select_tokens,
             "split_qkv": qkv.split_qkv,
             "split_qkv_append": qkv.split_qkv_append,
-            "activation": silu_and_mul,
+            "pointwise": TORCH,
         }
     return Kernels(
         backend=resolved,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from compactor_vllm.layers.linear import WeightLayer, empty_parameter
+from compactor_vllm.layers.pointwise import TORCH, Pointwise
 
 
 class RMSNorm(WeightLayer):
@@ -16,5 +16,5 @@ class RMSNorm(WeightLayer):
         self.weight = empty_parameter(size)
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+    def forward(self, x: Tensor, ops: Pointwise = TORCH) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps)

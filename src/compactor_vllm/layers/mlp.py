@@ -5,21 +5,10 @@ Shape suffixes: T tokens, E hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compactor_vllm.layers.linear import Linear, MergedLinear
-
-Activation = Callable[[Tensor], Tensor]
-"""silu(gate) * up from rows that hold gate, then up."""
-
-
-def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up from [..., 2 * n] rows that hold gate, then up. Overwrites and returns the gate half (a view)."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate, inplace=True).mul_(up)
+from compactor_vllm.layers.pointwise import TORCH, Pointwise
 
 
 class GatedMLP(nn.Module):
@@ -31,6 +20,6 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = MergedLinear(hidden_size, parts, bias=bias)
         self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
 
-    def add_to_(self, x_TE: Tensor, hidden_TE: Tensor, activation: Activation = silu_and_mul) -> Tensor:
+    def add_to_(self, x_TE: Tensor, hidden_TE: Tensor, ops: Pointwise = TORCH) -> Tensor:
         """x += mlp(hidden) in place; `x_TE` is returned."""
-        return self.down_proj.add_to_(x_TE, activation(self.gate_up_proj(hidden_TE)))
+        return self.down_proj.add_to_(x_TE, ops.silu_and_mul(self.gate_up_proj(hidden_TE)))

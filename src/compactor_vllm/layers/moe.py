@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compactor_vllm.layers.linear import Linear, WeightLayer, WeightSlot, empty_parameter
-from compactor_vllm.layers.mlp import Activation, silu_and_mul
+from compactor_vllm.layers.pointwise import TORCH, Pointwise
 
 
 def expert_gemm(x_NI: Tensor, weight_XOI: Tensor, counts_X: Tensor) -> Tensor:
@@ -65,9 +65,9 @@ class Experts(WeightLayer):
             yield WeightSlot(f"{path}.{expert}.up_proj.weight", gate_up[size:])
             yield WeightSlot(f"{path}.{expert}.down_proj.weight", down)
 
-    def forward(self, x_NE: Tensor, counts_X: Tensor, activation: Activation = silu_and_mul) -> Tensor:
+    def forward(self, x_NE: Tensor, counts_X: Tensor, ops: Pointwise = TORCH) -> Tensor:
         """Expert outputs of rows that are sorted by expert."""
-        hidden_NI = activation(expert_gemm(x_NE, self.gate_up, counts_X))
+        hidden_NI = ops.silu_and_mul(expert_gemm(x_NE, self.gate_up, counts_X))
         return expert_gemm(hidden_NI, self.down, counts_X)
 
 
@@ -94,19 +94,19 @@ class SparseMoE(nn.Module):
             weights_TC = weights_TC / weights_TC.sum(dim=-1, keepdim=True)
         return weights_TC.to(hidden_TE.dtype), experts_TC
 
-    def forward(self, hidden_TE: Tensor, activation: Activation = silu_and_mul) -> Tensor:
+    def forward(self, hidden_TE: Tensor, ops: Pointwise = TORCH) -> Tensor:
         """Sum of the chosen experts' outputs. A token's result does not depend on the rest of the batch's order."""
         weights_TC, experts_TC = self.route(hidden_TE)
         experts_N = experts_TC.flatten()
         order_N = experts_N.argsort(stable=True)
         counts_X = torch.zeros(self.num_experts, dtype=torch.int64, device=experts_N.device)
         counts_X.scatter_add_(0, experts_N, torch.ones_like(experts_N))
-        sorted_NE = self.experts(hidden_TE[order_N // self.top_k], counts_X, activation)
+        sorted_NE = self.experts(hidden_TE[order_N // self.top_k], counts_X, ops)
         out_NE = torch.empty_like(sorted_NE)
         out_NE[order_N] = sorted_NE
         out_TCE = out_NE.view(*experts_TC.shape, -1)
         return torch.einsum("tce,tc->te", out_TCE, weights_TC)
 
-    def add_to_(self, x_TE: Tensor, hidden_TE: Tensor, activation: Activation = silu_and_mul) -> Tensor:
+    def add_to_(self, x_TE: Tensor, hidden_TE: Tensor, ops: Pointwise = TORCH) -> Tensor:
         """x += moe(hidden) in place; `x_TE` is returned."""
-        return x_TE.add_(self(hidden_TE, activation))
+        return x_TE.add_(self(hidden_TE, ops))

@@ -16,8 +16,9 @@ from compactor_vllm.kv_cache.layer_cache import LayerKV
 from compactor_vllm.layers.embed_head import VocabEmbedding
 from compactor_vllm.layers.layernorm import RMSNorm
 from compactor_vllm.layers.linear import Linear, MergedLinear, WeightLayer, WeightSlot
-from compactor_vllm.layers.mlp import Activation, GatedMLP, silu_and_mul
+from compactor_vllm.layers.mlp import GatedMLP
 from compactor_vllm.layers.moe import SparseMoE
+from compactor_vllm.layers.pointwise import TORCH, Pointwise
 from compactor_vllm.layers.rotary import RotaryEmbedding
 from compactor_vllm.models.spec import ModelSpec
 
@@ -62,17 +63,17 @@ class DecoderLayer(nn.Module):
         self.mlp = mlp
         self.kv = LayerKV(kv_heads=spec.num_kv_heads, k_dim=spec.head_dim, v_dim=spec.head_dim)
 
-    def qkv(self, x_TE: Tensor) -> Tensor:
+    def qkv(self, x_TE: Tensor, ops: Pointwise = TORCH) -> Tensor:
         """Normalised, projected and biased: [T, (H + 2 K) D], what `split_qkv` takes."""
-        return self.self_attn.qkv_proj(self.input_layernorm(x_TE))
+        return self.self_attn.qkv_proj(self.input_layernorm(x_TE, ops))
 
     def attention_output(self, x_TE: Tensor, attn_THD: Tensor) -> Tensor:
         """x += o_proj(attention) in place; `x_TE` is returned."""
         return self.self_attn.o_proj.add_to_(x_TE, attn_THD.flatten(1))
 
-    def mlp_output(self, x_TE: Tensor, activation: Activation = silu_and_mul) -> Tensor:
+    def mlp_output(self, x_TE: Tensor, ops: Pointwise = TORCH) -> Tensor:
         """x += mlp(norm(x)) in place; `x_TE` is returned."""
-        return self.mlp.add_to_(x_TE, self.post_attention_layernorm(x_TE), activation)
+        return self.mlp.add_to_(x_TE, self.post_attention_layernorm(x_TE, ops), ops)
 
 
 class CausalLM(nn.Module, ABC):
@@ -110,10 +111,10 @@ class CausalLM(nn.Module, ABC):
         """The residual stream [T, E] that enters the first layer; the caller owns it."""
         return self.embed_tokens(input_ids_T)
 
-    def logits(self, x_RE: Tensor) -> Tensor:
+    def logits(self, x_RE: Tensor, ops: Pointwise = TORCH) -> Tensor:
         """float32 [R, vocab_size] from rows of the residual stream that left the last layer."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return head.logits(self.norm(x_RE))
+        return head.logits(self.norm(x_RE, ops))
 
     def weight_slots(self) -> Iterator[WeightSlot]:
         """Every tensor that a checkpoint must have, under its Hugging Face name, and where it goes."""
