@@ -62,7 +62,7 @@ def machine() -> Row:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": commit or None,
-        "command": " ".join(sys.argv),
+        "command": " ".join([os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
     }
 
 

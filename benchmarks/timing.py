@@ -127,7 +127,7 @@ def describe_machine() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "triton": triton.__version__,
         "commit": commit or None,
-        "command": " ".join(sys.argv),
+        "command": " ".join([os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
     }
 
 
