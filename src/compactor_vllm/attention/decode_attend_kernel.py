@@ -165,7 +165,8 @@ def _attend_piece(
     # With 16 rows the warps lie along the tokens.
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) if BLOCK_M == 16 else tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], HIDDEN, tl.float32)
-    if UNIT % BLOCK_N == 0:
+    # Tiles of 128 rows have no registers for a second loop.
+    if UNIT % BLOCK_N == 0 and BLOCK_M < 128:
         whole = last_token // BLOCK_N
         acc, total, peak = _attend_tiles(
             q, k_ptr, v_ptr, table_ptr, acc, total, peak, first_tile, whole, first_token, last_token,

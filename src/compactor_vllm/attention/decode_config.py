@@ -104,7 +104,7 @@ def _big_tiles(capability: tuple[int, int], padded: int, block_n: int, num_stage
         return big
     if capability[0] != 9:
         return replace(big, block_m=128)
-    return replace(big, block_m=128, block_n=128, num_stages=2, unit=128, overhead=1, min_share=2)
+    return replace(big, block_m=128, block_n=128, num_stages=3, unit=128, overhead=1, min_share=2)
 
 
 @lru_cache(maxsize=64)
