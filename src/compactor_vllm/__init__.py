@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     )
     from compactor_vllm.compression.registry import COMPRESSION_REGISTRY, register
     from compactor_vllm.config import AttentionBackend, EngineConfig, LLMConfig, SamplingParams
+    from compactor_vllm.contexts.file_format import ContextFileError
+    from compactor_vllm.core.async_llm import AsyncLLM
+    from compactor_vllm.core.context import Context
     from compactor_vllm.core.llm_engine import LLM, LLMEngine
     from compactor_vllm.core.memory_manager import KVCacheManager
     from compactor_vllm.errors import (
@@ -39,6 +42,9 @@ _MODULES = {
     "compression.compression_params": ("BatchCompressionParams", "CompressionMethod", "SequenceCompressionParams"),
     "compression.registry": ("COMPRESSION_REGISTRY", "register"),
     "config": ("AttentionBackend", "EngineConfig", "LLMConfig", "SamplingParams"),
+    "core.async_llm": ("AsyncLLM",),
+    "contexts.file_format": ("ContextFileError",),
+    "core.context": ("Context",),
     "core.llm_engine": ("LLM", "LLMEngine"),
     "core.memory_manager": ("KVCacheManager",),
     "errors": (
@@ -62,6 +68,7 @@ __all__ = [
     "COMPRESSION_REGISTRY",
     "LLM",
     "MODEL_REGISTRY",
+    "AsyncLLM",
     "AttentionBackend",
     "BaseCompressionMethod",
     "BatchCompressionParams",
@@ -69,6 +76,8 @@ __all__ = [
     "CompactorError",
     "CompressionMethod",
     "ConfigError",
+    "Context",
+    "ContextFileError",
     "EngineClosedError",
     "EngineConfig",
     "InvalidInputError",

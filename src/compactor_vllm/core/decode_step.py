@@ -212,5 +212,5 @@ def graph_buckets(max_rows: int) -> list[int]:
 
 def _shares_segments(requests: list[Request]) -> bool:
     """Whether a segment is used by several of the requests."""
-    sealed = [segment for request in requests for segment in request.shared]
+    sealed = [segment for request in requests for segment in (*request.context, *request.shared)]
     return len({id(segment) for segment in sealed}) < len(sealed)

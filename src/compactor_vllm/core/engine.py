@@ -49,6 +49,8 @@ class Engine:
     # ---- requests ------------------------------------------------------------------------------------------------
 
     def add(self, request: Request) -> None:
+        for segment in request.context:
+            self.manager.share(segment, 1 + len(request.siblings))
         pruning = request.method.decode_pruning
         if pruning is not None:
             request.window_LWHD = self.runner.new_window(pruning.window)
@@ -128,6 +130,10 @@ class Engine:
             self._report_cache(request)
             if request in job.prompt_logprobs:
                 request.sequence.prompt_logprobs = job.prompt_logprobs[request]
+            if request.seals:
+                self.scheduler.take_sealed(request)
+                request.finish("stop")
+                continue
             try:
                 group = self.scheduler.finish_prefill(request)
             except OutOfPagesError as error:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
+from pathlib import Path
 from typing import Any
 
 from compactor_vllm.compression.compression_params import BatchCompressionParams, SequenceCompressionParams
 from compactor_vllm.config import LLMConfig, SamplingParams
 from compactor_vllm.core.build import build_engine
-from compactor_vllm.core.chat import Message, chat_prompt
-from compactor_vllm.core.detokenizer import IncrementalDetokenizer
-from compactor_vllm.core.planning import check_tokens, plan_method, plan_parts, warn_without_effect
+from compactor_vllm.core.chat import Message, chat_prompt, encode
+from compactor_vllm.core.context import Context, chat_parts, load_context, question_tokens
 from compactor_vllm.core.request import Request
+from compactor_vllm.core.request_factory import RequestFactory
 from compactor_vllm.core.stream import AnswerStream
-from compactor_vllm.errors import EngineClosedError, InvalidInputError, MissingDependencyError, RequestError
-from compactor_vllm.layers.penalties import TokenCounts, has_penalties
+from compactor_vllm.errors import (
+    CompactorError,
+    EngineClosedError,
+    InvalidInputError,
+    MissingDependencyError,
+    RequestError,
+)
 from compactor_vllm.utils.arguments import per_input
-from compactor_vllm.utils.helpers import batch_progress, derive_seed
+from compactor_vllm.utils.helpers import batch_progress
 from compactor_vllm.utils.sequence import Sequence
 
 Prompt = str | SequenceOf[int]
@@ -43,7 +48,8 @@ class LLM:
         self.config = config
         parts = build_engine(config)
         self.tokenizer, self.spec, self.max_model_len = parts.tokenizer, parts.spec, parts.max_model_len
-        self._parts, self._engine, self._arrivals = parts, parts.engine, 0
+        self._parts, self._engine = parts, parts.engine
+        self._factory = RequestFactory(config, parts.engine, parts.tokenizer, parts.spec, parts.max_model_len)
         self._closed = False
 
     # ---- generation ----------------------------------------------------------------------------------------------
@@ -57,6 +63,7 @@ class LLM:
         | SequenceOf[SequenceCompressionParams]
         | None = None,
         return_sequences: bool = False,
+        context: Context | None = None,
     ) -> Any:
         """Continues prompts.
 
@@ -65,6 +72,7 @@ class LLM:
             sampling_params, per_sequence_compression_params: one object for all, or a list, one each.
             batch_compression_params: method and options of the call.
             return_sequences: return `Sequence` objects instead of strings.
+            context: what every prompt follows, as it is (no token is put in between).
 
         Returns:
             answers in the order of the prompts (one prompt: one answer; n > 1: a list per prompt).
@@ -81,10 +89,11 @@ class LLM:
         )
         sequences = [
             Sequence(
-                prompt_token_ids=self._encode(prompt, None if single else i),
+                prompt_token_ids=self._encode(prompt, None if single else i, context),
                 sampling_params=samplings[i],
                 compression_params=compressions[i],
                 batch_compression_params=batch,
+                context=context,
             )
             for i, prompt in enumerate(inputs)
         ]
@@ -100,11 +109,13 @@ class LLM:
         | None = None,
         return_sequences: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        context: Context | None = None,
     ) -> Any:
         """Answers conversations (lists of role/content messages) in the model's own chat template.
 
         The last user message is protected from compression where it fits into the budget. `context_end` of the
-        compression parameters is a message index here.
+        compression parameters is a message index here. With a `context` (made of messages), a conversation is the one
+        question that follows it.
 
         Args, returns and raises: as `generate`; `chat_template_kwargs` are given to the template.
         """
@@ -121,15 +132,16 @@ class LLM:
         sequences = []
         for i, messages in enumerate(conversations):
             try:
-                prompt = chat_prompt(self._text_tokenizer(), messages, compressions[i], chat_template_kwargs or {})
+                token_ids, params = self._render(messages, compressions[i], chat_template_kwargs, context)
             except InvalidInputError as error:
                 raise RequestError(str(error), None if single else i) from error
             sequences.append(
                 Sequence(
-                    prompt_token_ids=prompt.token_ids,
+                    prompt_token_ids=token_ids,
                     sampling_params=samplings[i],
-                    compression_params=prompt.params,
+                    compression_params=params,
                     batch_compression_params=batch,
+                    context=context,
                 )
             )
         return self._answers(self._run(sequences, single), single, return_sequences)
@@ -154,6 +166,7 @@ class LLM:
         batch_compression_params: BatchCompressionParams | None = None,
         per_sequence_compression_params: SequenceCompressionParams | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        context: Context | None = None,
     ) -> AnswerStream:
         """The answer to one prompt (text, token ids or a conversation), to be iterated over as it is drawn.
 
@@ -162,19 +175,86 @@ class LLM:
         """
         compression = per_sequence_compression_params or SequenceCompressionParams()
         if not isinstance(prompt, str) and len(prompt) > 0 and all(isinstance(m, Mapping) for m in prompt):
-            rendered = chat_prompt(self._text_tokenizer(), prompt, compression, chat_template_kwargs or {})  # type: ignore[arg-type]
-            token_ids, compression = rendered.token_ids, rendered.params
+            token_ids, compression = self._render(prompt, compression, chat_template_kwargs, context)  # type: ignore[arg-type]
         else:
-            token_ids = self._encode(prompt, None)  # type: ignore[arg-type]
+            token_ids = self._encode(prompt, None, context)  # type: ignore[arg-type]
         sequence = Sequence(
             prompt_token_ids=token_ids,
             sampling_params=sampling_params or SamplingParams(),
             compression_params=compression,
             batch_compression_params=batch_compression_params or BatchCompressionParams(),
+            context=context,
         )
         groups = self._prepare([sequence], single=True)
         self._submit(groups)
         return AnswerStream(self._engine, groups[0])
+
+    # ---- contexts ------------------------------------------------------------------------------------------------
+
+    def compress(
+        self,
+        prompt: Prompt | SequenceOf[Message],
+        batch_compression_params: BatchCompressionParams | None = None,
+        per_sequence_compression_params: SequenceCompressionParams | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        context: Context | None = None,
+    ) -> Context:
+        """Compresses a text, token ids, or a conversation whose last message is a document, for later questions.
+
+        A conversation is cut behind the document, so that `generate_chat` can put a question there. With `context`, the
+        new context begins with that one and owns its memory, too.
+
+        Raises:
+            RequestError: an input is wrong; nothing has run.
+            CompactorError: the prefill failed.
+        """
+        compression = per_sequence_compression_params or SequenceCompressionParams()
+        suffix = None
+        if not isinstance(prompt, str) and len(prompt) > 0 and all(isinstance(m, Mapping) for m in prompt):
+            if context is not None:
+                raise RequestError("a context is continued by text or token ids, not by messages")
+            token_ids, suffix = chat_parts(self._text_tokenizer(), prompt, dict(chat_template_kwargs or {}))  # type: ignore[arg-type]
+        else:
+            token_ids = self._encode(prompt, None, context)  # type: ignore[arg-type]
+        sequence = Sequence(
+            prompt_token_ids=token_ids,
+            sampling_params=SamplingParams(max_new_tokens=1),
+            compression_params=compression,
+            batch_compression_params=batch_compression_params or BatchCompressionParams(),
+            context=context,
+        )
+        [[request]] = self._prepare([sequence], single=True, seals=True)
+        self._submit([[request]])
+        try:
+            while not sequence.is_finished:
+                self._engine.step()
+        finally:
+            self._engine.abort(request)
+        if not request.sealed:
+            raise CompactorError(f"the context could not be compressed: {sequence.error or sequence.finish_reason}")
+        parents = () if context is None else context.segments
+        for segment in parents:
+            self._engine.manager.share(segment)
+        text = f"{request.method}, ratio {compression.compression_ratio:g}"
+        return Context(
+            self._engine.runner,
+            self.config.model,
+            sequence.prompt_token_ids,
+            (*parents, *request.sealed),
+            (*(() if context is None else context.methods), text),
+            suffix if context is None else context.chat_suffix,
+        )
+
+    def load_context(self, path: str | Path) -> Context:
+        """A context that `Context.save` wrote, with the same weights.
+
+        Raises:
+            ContextFileError: the file cannot be used; the message says why.
+            OutOfPagesError: the pool cannot hold it now.
+        """
+        if self._closed:
+            raise EngineClosedError("this engine is closed; make a new LLM")
+        return load_context(self._engine.runner, self.config.model, path)
 
     # ---- the rest ------------------------------------------------------------------------------------------------
 
@@ -207,7 +287,7 @@ class LLM:
         if not self._closed:
             self._closed = True
             self._engine.abort_all()
-            del self._engine, self._parts
+            del self._engine, self._parts, self._factory
 
     def __enter__(self) -> LLM:
         return self
@@ -222,90 +302,34 @@ class LLM:
             raise MissingDependencyError(f"{self.config.model} brings no tokenizer; pass token ids")
         return self.tokenizer
 
-    def _encode(self, prompt: Prompt, index: int | None) -> list[int]:
+    def _render(
+        self,
+        messages: SequenceOf[Message],
+        compression: SequenceCompressionParams,
+        template_kwargs: Mapping[str, Any] | None,
+        context: Context | None,
+    ) -> tuple[list[int], SequenceCompressionParams]:
+        """A conversation's tokens, and its compression in terms of tokens."""
+        if context is not None:
+            return context.token_ids + question_tokens(self._text_tokenizer(), context, messages), compression
+        prompt = chat_prompt(self._text_tokenizer(), messages, compression, template_kwargs or {})
+        return prompt.token_ids, prompt.params
+
+    def _encode(self, prompt: Prompt, index: int | None, context: Context | None = None) -> list[int]:
         if isinstance(prompt, str):
+            if context is not None:
+                return context.token_ids + encode(self._text_tokenizer(), prompt)
             return self._text_tokenizer()(prompt)["input_ids"]
         try:
-            return list(prompt)
+            return [*(context.token_ids if context is not None else ()), *prompt]
         except TypeError:
             raise RequestError(f"a prompt is text or a list of token ids, not {prompt!r}", index) from None
 
-    def _prepare(self, sequences: list[Sequence], single: bool) -> list[list[Request]]:
+    def _prepare(self, sequences: list[Sequence], single: bool, seals: bool = False) -> list[list[Request]]:
         """Checks every input and plans its requests (n > 1: several); nothing is added to the engine."""
         if self._closed:
             raise EngineClosedError("this engine is closed; make a new LLM")
-        groups: list[list[Request]] = []
-        for i, sequence in enumerate(sequences):
-            index = None if single else i
-            check_tokens(sequence.prompt_token_ids, self.spec.vocab_size, self.max_model_len, index)
-            try:
-                group = self._requests(sequence)
-                self._check_fit(group[0])
-            except RequestError:
-                raise
-            except InvalidInputError as error:
-                if index is None:
-                    raise
-                raise type(error)(f"input {i}: {error}") from error
-            groups.append(group)
-        first = [group[0] for group in groups]
-        warn_without_effect([r.sequence for r in first], [r.method for r in first])
-        return groups
-
-    def _requests(self, sequence: Sequence) -> list[Request]:
-        params = sequence.sampling_params
-        if params.n > self.config.max_num_seqs:
-            raise InvalidInputError(f"n={params.n} is more than max_num_seqs={self.config.max_num_seqs}")
-        method = plan_method(sequence)
-        parts = plan_parts(sequence, method)
-        length = len(sequence.prompt_token_ids)
-        eos = () if params.ignore_eos else self.spec.eos_token_ids
-        arrival, self._arrivals = self._arrivals, self._arrivals + params.n
-        seed = derive_seed(self.config.seed, arrival) if params.seed is None else params.seed
-        group = []
-        for completion in range(params.n):
-            member = (
-                sequence
-                if completion == 0
-                else Sequence(
-                    prompt_token_ids=sequence.prompt_token_ids,
-                    sampling_params=params,
-                    compression_params=sequence.compression_params,
-                    batch_compression_params=sequence.batch_compression_params,
-                )
-            )
-            group.append(
-                Request(
-                    sequence=member,
-                    arrival=arrival + completion,
-                    started=time.perf_counter(),
-                    seed=(seed + completion) % 2**63,
-                    method=method,
-                    parts=parts,
-                    stop_ids=frozenset([*eos, *params.stop_token_ids]),
-                    max_tokens=min(length + params.max_new_tokens, self.max_model_len),
-                    detokenizer=self._detokenizer(sequence),
-                    counts=TokenCounts(sequence.prompt_token_ids) if has_penalties(params) else None,
-                    completion=completion,
-                )
-            )
-        if method.decode_pruning is None:  # pruning changes a sequence's own segment, so it cannot share its prompt
-            group[0].siblings = group[1:]
-        return group
-
-    def _detokenizer(self, sequence: Sequence) -> IncrementalDetokenizer | None:
-        stop = tuple(sequence.sampling_params.stop)
-        if self.tokenizer is None and not stop:
-            return None
-        return IncrementalDetokenizer(self._text_tokenizer(), stop=stop, prompt_token_ids=sequence.prompt_token_ids)
-
-    def _check_fit(self, request: Request) -> None:
-        needed, total = self._engine.scheduler.pages_to_finish(request), self.num_pages
-        if needed > total:
-            raise InvalidInputError(
-                f"this request needs up to {needed} pages and the pool has {total}; lower max_new_tokens or "
-                "compression_ratio, or raise kv_cache_memory_bytes / gpu_memory_utilization"
-            )
+        return self._factory.make(sequences, single, seals)
 
     def _submit(self, groups: list[list[Request]]) -> None:
         for group in groups:

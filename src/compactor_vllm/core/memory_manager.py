@@ -236,23 +236,27 @@ class KVCacheManager:
     def offload(self, segment: Segment) -> SegmentData | None:
         """Copies a private segment to host memory and frees it; None when the host budget is full."""
         assert not segment.sealed
+        per_page = self.page_bytes + 8 * self.page_size
+        if self.host_bytes_used + self.pages_filled(segment) * per_page > self.host_bytes:
+            return None
+        data = self.read_segment(segment)
+        self.host_bytes_used += data.nbytes
+        self.free(segment)
+        return data
+
+    def read_segment(self, segment: Segment) -> SegmentData:
+        """A copy of a settled segment in host memory."""
         lens_LK = self.cache.host_lens_LSK[:, segment.slot].copy()
         pages_LK = -(-lens_LK // self.page_size)
-        per_page = self.page_bytes + 8 * self.page_size
-        if self.host_bytes_used + int(pages_LK.sum()) * per_page > self.host_bytes:
-            return None
         ids = self.cache.host_table[ranges(self.cache.host_begin_LSK[:, segment.slot], pages_LK)]
         index = torch.from_numpy(ids.astype(np.int64)).to(self.cache.device)
-        data = SegmentData(
+        return SegmentData(
             num_tokens=segment.num_tokens,
             lens_LK=lens_LK,
             pages=_to_host(self.cache.kv_pool, index),
             positions=_to_host(self.cache.positions_PR, index),
             scores=_to_host(self.cache.scores_PR, index),
         )
-        self.host_bytes_used += data.nbytes
-        self.free(segment)
-        return data
 
     def restore(self, data: SegmentData, growth_tokens: int) -> Segment:
         """Brings an offloaded segment back.

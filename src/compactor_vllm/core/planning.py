@@ -30,13 +30,25 @@ def plan_method(sequence: Sequence) -> BaseCompressionMethod:
     return resolve_method(spec, params.method_params)
 
 
-def plan_parts(sequence: Sequence, method: BaseCompressionMethod) -> tuple[PrefillPart, ...]:
+def plan_parts(sequence: Sequence, method: BaseCompressionMethod, *, seals: bool = False) -> tuple[PrefillPart, ...]:
     """How the prompt becomes segments: one, or, with `context_end`, a compressed one and one that is kept whole.
 
+    What follows a `Context` is kept whole, unless it becomes a context itself (`seals`).
+
     Raises:
-        InvalidInputError: `context_end` or a protected range lies outside of the prompt.
+        InvalidInputError: `context_end` or a protected range lies outside of the prompt, or the question about a
+            context is to be compressed.
     """
     length, params = len(sequence.prompt_token_ids), sequence.compression_params
+    before = 0 if sequence.context is None else sequence.context.num_tokens
+    if seals:
+        return (_compressed_part(before, length, sequence, method),)
+    if before:
+        if not params.keeps_everything or params.context_end is not None or method.name != "none":
+            raise InvalidInputError(
+                "what follows a context is kept whole; the context's compression was decided by LLM.compress"
+            )
+        return (PrefillPart(begin=before, end=length, kept=length - before),)
     for low, high in params.protected_ranges:
         if high > length:
             raise InvalidInputError(f"protected range ({low}, {high}) ends beyond the prompt's {length} tokens")

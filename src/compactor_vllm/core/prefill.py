@@ -91,7 +91,12 @@ class PrefillJob:
         rounds = max(len(request.parts) for request in self.requests)
         for part in range(rounds):
             items = [
-                PrefillItem(request=request, part=request.parts[part], segment=request.segments[part], part_index=part)
+                PrefillItem(
+                    request=request,
+                    part=request.parts[part],
+                    segment=request.own_segments[part],
+                    part_index=len(request.context) + part,
+                )
                 for request in self.requests
                 if part < len(request.parts)
             ]

@@ -61,12 +61,16 @@ class Request:
         counts: what its penalties look at; None without penalties.
         completion: which completion of its prompt it is (n > 1).
         siblings: further completions of the same prompt (n > 1), which wait for this one's prefill.
+        context: segments of a compressed context before the prompt's own parts. From the time that it is added until
+            it ends, the request is one of their owners; it never changes them.
+        seals: it wants no tokens, but the segments of its prompt, which go to `sealed`.
 
     State, kept by scheduler, prefill and runner:
-        shared: sealed segments before the private one.
+        shared: segments of the prompt before the private one.
         private: the segment that grows while the sequence runs.
-        offloaded: what takes the place of `segments` while it is preempted to host memory: copies of those that
+        offloaded: what takes the place of `own_segments` while it is preempted to host memory: copies of those that
             only it owns, and the shared ones themselves.
+        sealed: the segments of its prompt, for whoever asked for them.
         alone: prefilled by itself, after a prefill together with others failed.
         computed: tokens whose keys and values are cached.
         in_flight: tokens that were drawn and are not among its output yet, because only the device knows them.
@@ -88,9 +92,12 @@ class Request:
     counts: TokenCounts | None = None
     completion: int = 0
     siblings: list[Request] = field(default_factory=list)
+    context: tuple[Segment, ...] = ()
+    seals: bool = False
     shared: list[Segment] = field(default_factory=list)
     private: Segment | None = None
     offloaded: list[SegmentData | Segment] | None = None
+    sealed: tuple[Segment, ...] = ()
     alone: bool = False
     computed: int = 0
     in_flight: int = 0
@@ -120,8 +127,14 @@ class Request:
         return drawn >= sequence.sampling_params.max_new_tokens or len(sequence) + tokens >= self.max_tokens
 
     @property
-    def segments(self) -> list[Segment]:
+    def own_segments(self) -> list[Segment]:
+        """The segments of its prompt and its output."""
         return self.shared if self.private is None else [*self.shared, self.private]
+
+    @property
+    def segments(self) -> list[Segment]:
+        """All segments that it attends to, in order."""
+        return [*self.context, *self.own_segments]
 
     @property
     def growth_tokens(self) -> int:

@@ -44,6 +44,13 @@ class Scheduler:
     def add(self, request: Request) -> None:
         insort(self.queue, request, key=lambda r: r.arrival)
 
+    def take_sealed(self, request: Request) -> None:
+        """Ends a prefilled request that wants its segments: they are its `sealed`, owned by whoever takes them."""
+        self.prefilling.remove(request)
+        request.sealed = tuple(request.own_segments)
+        request.shared, request.private = [], None
+        self.remove(request)
+
     # ---- sizes ---------------------------------------------------------------------------------------------------
 
     def pages_to_start(self, request: Request) -> np.ndarray:
@@ -177,7 +184,7 @@ class Scheduler:
                 for tail in tails:
                     self.manager.free(tail)
                 raise
-            prompt = request.segments
+            prompt = request.own_segments
             for segment in prompt:
                 self.manager.share(segment, len(request.siblings))
             for member, tail in zip(group, tails, strict=True):
@@ -229,12 +236,12 @@ class Scheduler:
         self.running.remove(request)
         request.sequence.status = SequenceStatus.PREEMPTED
         moved: list[SegmentData | Segment] = []
-        for segment in request.segments:
+        for segment in request.own_segments:
             data = segment if segment.sealed else self.manager.offload(segment)
             if data is None:
                 break
             moved.append(data)
-        if len(moved) == len(request.segments):
+        if len(moved) == len(request.own_segments):
             request.offloaded = moved
             request.shared, request.private = [], None
         else:
@@ -243,14 +250,14 @@ class Scheduler:
 
     def _lose(self, request: Request, moved: list[SegmentData | Segment]) -> None:
         """Frees what a preempted request cannot keep; it starts over, except for a prompt that siblings hold."""
-        for item, segment in zip(moved, request.segments, strict=False):
+        for item, segment in zip(moved, request.own_segments, strict=False):
             if isinstance(item, SegmentData):
                 self.manager.discard(item)
             else:
                 assert item is segment
         kept = [segment for segment in request.shared if segment.sealed]
         keep_prompt = len(kept) == len(request.shared) > 0
-        for segment in request.segments[len(moved) :]:
+        for segment in request.own_segments[len(moved) :]:
             self.manager.free(segment)
         if not keep_prompt:
             for item in moved:
@@ -267,9 +274,13 @@ class Scheduler:
             if request in place:
                 place.remove(request)
         self.release(request)
+        for segment in request.context:
+            self.manager.free(segment)
+        request.context = ()
 
     def release(self, request: Request) -> None:
-        for segment in request.segments:
+        """Frees the segments of a request's prompt and output; it would have to start over."""
+        for segment in request.own_segments:
             self.manager.free(segment)
         for item in request.offloaded or ():
             if isinstance(item, SegmentData):

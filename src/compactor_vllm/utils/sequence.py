@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal
+from typing import Any, Literal
 
 from compactor_vllm.compression.compression_params import BatchCompressionParams, SequenceCompressionParams
 from compactor_vllm.config import SamplingParams
@@ -29,6 +29,7 @@ class Sequence:
     Attributes:
         prompt_token_ids: the prompt.
         sampling_params, compression_params, batch_compression_params: what was asked; never changed.
+        context: the `Context` that the prompt begins with, or None; its tokens are the first ones of the prompt.
 
     Filled by the engine:
         output_token_ids, text: what was generated; stop strings and end tokens are not part of the text.
@@ -49,6 +50,7 @@ class Sequence:
     sampling_params: SamplingParams = field(default_factory=SamplingParams)
     compression_params: SequenceCompressionParams = field(default_factory=SequenceCompressionParams)
     batch_compression_params: BatchCompressionParams = field(default_factory=BatchCompressionParams)
+    context: Any = None
     output_token_ids: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: FinishReason | None = None

@@ -1,0 +1,138 @@
+"""From sequences, as callers make them, to requests, as the engine runs them."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from compactor_vllm.config import LLMConfig
+from compactor_vllm.core.context import MOST_SEGMENTS
+from compactor_vllm.core.detokenizer import IncrementalDetokenizer
+from compactor_vllm.core.engine import Engine
+from compactor_vllm.core.planning import check_tokens, plan_method, plan_parts, warn_without_effect
+from compactor_vllm.core.request import Request
+from compactor_vllm.errors import InvalidInputError, MissingDependencyError, RequestError
+from compactor_vllm.layers.penalties import TokenCounts, has_penalties
+from compactor_vllm.models.spec import ModelSpec
+from compactor_vllm.utils.helpers import derive_seed
+from compactor_vllm.utils.sequence import Sequence
+
+
+class RequestFactory:
+    """Checks and plans what an engine is asked.
+
+    Args:
+        config, tokenizer, spec, max_model_len: of the model; the tokenizer may be None.
+        engine: that will run the requests.
+    """
+
+    def __init__(self, config: LLMConfig, engine: Engine, tokenizer: Any, spec: ModelSpec, max_model_len: int):
+        self.config, self.engine, self.tokenizer = config, engine, tokenizer
+        self.spec, self.max_model_len, self._arrivals = spec, max_model_len, 0
+
+    def make(self, sequences: list[Sequence], single: bool, seals: bool) -> list[list[Request]]:
+        """The requests of each sequence (n > 1: several); nothing is added to the engine.
+
+        Args:
+            single: the call had one input, so that messages name no index.
+            seals: the segments of the prompts are wanted, and no tokens.
+
+        Raises:
+            RequestError, InvalidInputError: an input is wrong.
+        """
+        groups: list[list[Request]] = []
+        for i, sequence in enumerate(sequences):
+            index = None if single else i
+            check_tokens(sequence.prompt_token_ids, self.spec.vocab_size, self.max_model_len, index)
+            try:
+                self._check_context(sequence)
+                group = self._requests(sequence, seals)
+                self._check_fit(group[0])
+            except RequestError:
+                raise
+            except InvalidInputError as error:
+                if index is None:
+                    raise
+                raise type(error)(f"input {i}: {error}") from error
+            groups.append(group)
+        first = [group[0] for group in groups]
+        warn_without_effect([r.sequence for r in first], [r.method for r in first])
+        return groups
+
+    def _check_context(self, sequence: Sequence) -> None:
+        context = sequence.context
+        if context is None:
+            return
+        context.check_open()
+        if context._runner is not self.engine.runner:
+            raise InvalidInputError("this context belongs to another engine; save it there and load it here")
+        if len(context.segments) > MOST_SEGMENTS:
+            raise InvalidInputError(f"a context may have {MOST_SEGMENTS} segments, not {len(context.segments)}")
+        if sequence.prompt_token_ids[: context.num_tokens] != context.token_ids:
+            raise InvalidInputError("the prompt must begin with the context's tokens")
+        if len(sequence.prompt_token_ids) == context.num_tokens:
+            raise InvalidInputError("the prompt is empty; at least one token must follow the context")
+        if sequence.sampling_params.prompt_logprobs is not None:
+            raise InvalidInputError("prompt_logprobs cannot be had of a context's tokens")
+        sequence.cached_tokens = context.num_tokens
+
+    def _requests(self, sequence: Sequence, seals: bool) -> list[Request]:
+        params = sequence.sampling_params
+        if params.n > self.config.max_num_seqs:
+            raise InvalidInputError(f"n={params.n} is more than max_num_seqs={self.config.max_num_seqs}")
+        method = plan_method(sequence)
+        parts = plan_parts(sequence, method, seals=seals)
+        length = len(sequence.prompt_token_ids)
+        eos = () if params.ignore_eos else self.spec.eos_token_ids
+        arrival, self._arrivals = self._arrivals, self._arrivals + params.n
+        seed = derive_seed(self.config.seed, arrival) if params.seed is None else params.seed
+        group = []
+        for completion in range(params.n):
+            member = (
+                sequence
+                if completion == 0
+                else Sequence(
+                    prompt_token_ids=sequence.prompt_token_ids,
+                    sampling_params=params,
+                    compression_params=sequence.compression_params,
+                    batch_compression_params=sequence.batch_compression_params,
+                    context=sequence.context,
+                    cached_tokens=sequence.cached_tokens,
+                )
+            )
+            group.append(
+                Request(
+                    sequence=member,
+                    arrival=arrival + completion,
+                    started=time.perf_counter(),
+                    seed=(seed + completion) % 2**63,
+                    method=method,
+                    parts=parts,
+                    stop_ids=frozenset([*eos, *params.stop_token_ids]),
+                    max_tokens=min(length + params.max_new_tokens, self.max_model_len),
+                    detokenizer=self._detokenizer(sequence),
+                    counts=TokenCounts(sequence.prompt_token_ids) if has_penalties(params) else None,
+                    completion=completion,
+                    context=() if sequence.context is None else sequence.context.segments,
+                    seals=seals,
+                )
+            )
+        if method.decode_pruning is None:  # pruning changes a sequence's own segment, so it cannot share its prompt
+            group[0].siblings = group[1:]
+        return group
+
+    def _detokenizer(self, sequence: Sequence) -> IncrementalDetokenizer | None:
+        stop = tuple(sequence.sampling_params.stop)
+        if self.tokenizer is None:
+            if stop:
+                raise MissingDependencyError(f"{self.config.model} brings no tokenizer; stop strings need one")
+            return None
+        return IncrementalDetokenizer(self.tokenizer, stop=stop, prompt_token_ids=sequence.prompt_token_ids)
+
+    def _check_fit(self, request: Request) -> None:
+        needed, total = self.engine.scheduler.pages_to_finish(request), self.engine.manager.pages.num_pages
+        if needed > total:
+            raise InvalidInputError(
+                f"this request needs up to {needed} pages and the pool has {total}; lower max_new_tokens or "
+                "compression_ratio, or raise kv_cache_memory_bytes / gpu_memory_utilization"
+            )
