@@ -98,7 +98,7 @@ def test_a_failure_while_running_is_an_error(run: Run, fake: FakeLLM) -> None:
         (["hi", "--method-param", "window"], "--method-param must look like NAME=VALUE, not 'window'"),
         (["hi", "--stream", "--json"], "--stream and --json exclude each other"),
         (["hi", "--raw", "--system", "s"], "--system is part of the chat template"),
-        (["hi", "--file", "no/such/file"], "--file no/such/file cannot be read: No such file"),
+        (["hi", "--file", "no/such/file"], "file no/such/file cannot be read: No such file"),
     ],
 )
 def test_bad_options_are_refused_before_a_model_is_loaded(

@@ -61,17 +61,8 @@ def read_inputs(prompt: str | None, file: Path | None) -> Inputs:
         raise InvalidInputError("nothing to answer: give a PROMPT, --file FILE, or pipe text in (see --help)")
     if file is None and prompt is not None:
         return Inputs(text=prompt)
-    content = sys.stdin.read() if file is None or str(file) == "-" else _read(file)
+    content = sys.stdin.read() if file is None else runtime.read_text(file)
     return Inputs(text=content) if prompt is None else Inputs(text=prompt, document=content)
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InvalidInputError(f"--file {file} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InvalidInputError(f"--file {file} is not UTF-8 text (byte {error.start})") from error
 
 
 def build_prompt(llm: LLM, inputs: Inputs, *, chat: bool, system: str | None) -> tuple[runtime.Prompt, int | None]:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from compactor_vllm.cli import chat, demo, env, generate, models
+from compactor_vllm.cli import chat, contexts, demo, env, generate, models
 from compactor_vllm.cli.console import fail
 from compactor_vllm.errors import CompactorError
 
@@ -26,6 +26,8 @@ app = typer.Typer(
 app.command("demo", epilog=demo.EPILOG)(demo.demo)
 app.command("generate", epilog=generate.EPILOG)(generate.generate)
 app.command("chat", epilog=chat.EPILOG)(chat.chat)
+app.command("compress", epilog=contexts.COMPRESS_EPILOG)(contexts.compress)
+app.command("ask", epilog=contexts.ASK_EPILOG)(contexts.ask)
 app.command("models", epilog=models.EPILOG)(models.models)
 app.command("env")(env.env)
 

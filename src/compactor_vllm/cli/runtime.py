@@ -175,6 +175,22 @@ def _rate(count: int, first: float | None, seconds: float) -> float | None:
     return (count - 1) / (seconds - first)
 
 
+def read_text(file: Path) -> str:
+    """The text of a file; "-" is standard input.
+
+    Raises:
+        InvalidInputError: it cannot be read as text.
+    """
+    if str(file) == "-":
+        return sys.stdin.read()
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InvalidInputError(f"file {file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidInputError(f"file {file} is not UTF-8 text (byte {error.start})") from error
+
+
 Prompt = str | list[int] | list[dict[str, str]]
 """Text, token ids, or a conversation."""
 

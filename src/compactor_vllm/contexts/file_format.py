@@ -123,6 +123,23 @@ def read_context(path: Path, layers: tuple[LayerKV, ...]) -> SavedContext:
     return SavedContext(header=header, token_ids=token_ids, segments=segments)
 
 
+def model_of(path: Path) -> str:
+    """The name of the model that a file was made with; nothing but its header is read.
+
+    Raises:
+        ContextFileError: it is not a context.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if not path.is_file():
+            raise ContextFileError("there is no such file")
+        with safe_open(path, framework="pt") as file:
+            return _read_header(dict(file.metadata() or {}))[0].model
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ContextFileError(f"{path} cannot be used as a context: {error}") from error
+
+
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
