@@ -6,6 +6,7 @@ one of them does not compile, spills, does not fit, or lets Hopper's asynchronou
 
 A kernel module takes part by a function `aot_signatures()` or `aot_signatures(capability)` that yields its default
 configurations as (kernel, signature, constexprs, num_warps, num_stages, label), and by its line in `KERNEL_MODULES`.
+A module's `COMPILE_OPTIONS`, if any, hold for all of its kernels.
 
 Compiling needs kernels that were imported without Triton's interpreter, so it happens in processes of its own.
 """
@@ -182,12 +183,13 @@ def _compile_here(arch: int, pattern: str) -> Iterator[CompileReport]:
     for name in KERNEL_MODULES:
         if importlib.util.find_spec(name) is None:
             continue
-        signatures = importlib.import_module(name).aot_signatures
+        module = importlib.import_module(name)
+        signatures, extra = module.aot_signatures, getattr(module, "COMPILE_OPTIONS", {})
         entries = signatures(divmod(arch, 10)) if inspect.signature(signatures).parameters else signatures()
         for kernel, signature, constants, num_warps, num_stages, label in entries:
             if re.search(pattern, label):
                 start = time.monotonic()
-                options = {"num_warps": num_warps, "num_stages": num_stages}
+                options = {"num_warps": num_warps, "num_stages": num_stages, **extra}
                 try:
                     facts = _facts(_compile(arch, kernel, signature, constants, options), arch)
                 except Exception as error:

@@ -85,6 +85,6 @@ def _tiles(capability: tuple[int, int], dtype: torch.dtype, block_d: int, has_pr
     if capability < (10, 0):
         return config(128, 128, 8, 3) if block_d <= 128 else config(128, 32, 8, 3)
     if block_d <= 128:
-        return config(128, 128, 8, 3) if block_d <= 64 else config(128, 64, 8, 3)
+        return config(128, 128, 8, 3) if block_d <= 64 else config(128, 64, 8, 2 if has_prefix else 3)
     # Two ranges of this width overflow tensor memory; with few rows the products take registers.
     return config(32, 32, 4, 2)

@@ -29,6 +29,8 @@ _MERGE_ROWS = 16
 # A split shorter than this costs more to merge than it saves.
 _MIN_SPLIT_TOKENS = 512
 _MAX_SPLITS = 32
+# Left alone, ptxas spills a few bytes to fit one block more on a multiprocessor.
+COMPILE_OPTIONS = {"maxnreg": 255}
 _PREFIX_POINTERS = (
     "k_pages_ptr",
     "v_pages_ptr",
@@ -175,7 +177,7 @@ def _launch(
         log_splits=splits.bit_length() - 1, qk_scale=scale * _LOG2_E,
         NUM_KV_HEADS=K, GROUP=H // K, D=D, BLOCK_D=block[2], BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         PAGE_SIZE=page_size, HAS_LSE=lse_STH is not None, TMA=tma, IEEE=q_THD.dtype == torch.float32,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, **COMPILE_OPTIONS,
         **_prefix_arguments(prefix), **descriptors,
     )  # fmt: skip
 

@@ -136,7 +136,7 @@ def default_leverage_config(
         return LeverageConfig(rows=rows, project=True, fused_chunk=1024 if fused else 0, num_stages=2)
     rows = 16 if dtype == torch.float32 and capability[0] not in (9, 10) else 32
     fused_chunk = 1024 if capability == (0, 0) else 0
-    num_stages = 2 if small and dtype == torch.bfloat16 else 1
+    num_stages = 2 if small and dtype == torch.bfloat16 and exact_sketch else 1
     return LeverageConfig(rows=rows, project=False, fused_chunk=fused_chunk, num_stages=num_stages)
 
 
