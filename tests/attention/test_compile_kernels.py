@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import inspect
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +102,31 @@ def test_a_process_that_dies_is_a_problem() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not os.environ.get("COMPACTOR_COMPILE_ALL"),
-    reason="takes an hour on two cores; COMPACTOR_COMPILE_ALL=1 runs it",
-)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_everything_compiles_without_spills_and_fits(arch: int) -> None:
     problems = [str(report) for report in compile_all([arch]) if report.problems]
     assert not problems, "\n".join(problems)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("version", ["3.6.0", "3.7.1"])
+def test_other_versions_of_triton_compile_the_same(version: str, tmp_path: Path) -> None:
+    """What GPU machines with torch 2.11 and 2.13 bring, whichever of them is installed here."""
+    if importlib.metadata.version("triton").startswith(version):
+        pytest.skip(f"triton {version} is installed; the test above compiles with it")
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path), f"triton=={version}"]
+    if subprocess.run(pip, capture_output=True).returncode:
+        pytest.skip(f"no package index offers triton {version} here")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(SOURCE.parent)])}
+    found = subprocess.run(
+        [sys.executable, "-c", "import triton; print(triton.__version__)"],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert found.stdout.strip() == version
+    command = [sys.executable, "-m", "compactor_vllm.attention.compile_kernels", "--arch", "80", "90"]
+    result = subprocess.run(
+        [*command, "--kernel", "bf16 D128|select|zscore|K8"], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, "\n".join(line for line in result.stdout.splitlines() if not line.endswith("ok"))
