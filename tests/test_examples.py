@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -12,7 +13,11 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def test_every_example_is_run_here() -> None:
-    assert {file.name for file in EXAMPLES.glob("*.py")} == {"document_questions.py", "mixed_batch.py"}
+    assert {file.name for file in EXAMPLES.glob("*.py")} == {
+        "document_questions.py",
+        "mixed_batch.py",
+        "twenty_questions.py",
+    }
 
 
 @pytest.mark.slow
@@ -35,3 +40,13 @@ def test_mixed_batch(capsys: pytest.CaptureFixture[str]) -> None:
     assert kept["COMPACTOR, 100 tokens"] == 100
     everything, half, quarter, fixed = (int(share) for _, _, share in rows)
     assert half < 0.6 * everything and quarter < 0.35 * everything and fixed < 0.35 * everything
+
+
+@pytest.mark.slow
+def test_twenty_questions(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Asking a compressed context takes a fraction of the time and of the memory."""
+    program = runpy.run_path(str(EXAMPLES / "twenty_questions.py"))
+    program["main"](["--pages", "4", "--json", str(tmp_path / "t.json")])
+    assert "compressed once to 50%" in capsys.readouterr().out
+    full, once = json.loads((tmp_path / "t.json").read_text())["rows"]
+    assert once["seconds"] < full["seconds"] and once["kv_bytes"] < full["kv_bytes"] / 3

@@ -41,7 +41,7 @@ def tokens(sequences) -> list[list[int]]:
 
 
 def all_free(llm) -> bool:
-    llm._engine.manager.check_integrity([])
+    llm._engine.manager.check_integrity(llm._engine.scheduler.prefixes.segments)
     return llm.free_pages == llm.num_pages
 
 

@@ -51,6 +51,8 @@ class LLMConfig:
         enforce_eager: never capture CUDA graphs.
         leverage_sketch_size: columns of the random sketch of Compactor's leverage scores.
         max_decode_stall_ms: longest pause of running sequences while a prompt is prefilled.
+        prefix_cache: keep compressed prefixes (`context_end`) for later prompts that begin with the same one, as long
+            as nobody needs their pages.
         rope_scaling: replaces the checkpoint's RoPE scaling.
         chat_template: replaces the checkpoint's chat template (Jinja source).
         revision: branch, tag or commit of a hub id.
@@ -77,6 +79,7 @@ class LLMConfig:
     enforce_eager: bool = False
     leverage_sketch_size: int = 48
     max_decode_stall_ms: float = 50
+    prefix_cache: bool = True
     rope_scaling: dict[str, Any] | None = None
     chat_template: str | None = None
     revision: str | None = None
@@ -99,6 +102,8 @@ class LLMConfig:
             raise ConfigError(f"gpu_memory_utilization must lie in (0, 1], not {self.gpu_memory_utilization!r}")
         if not _is_number(self.max_decode_stall_ms) or not self.max_decode_stall_ms > 0:
             raise ConfigError(f"max_decode_stall_ms must be a positive number, not {self.max_decode_stall_ms!r}")
+        if not isinstance(self.prefix_cache, bool):
+            raise ConfigError(f"prefix_cache must be True or False, not {self.prefix_cache!r}")
         _one_of("kvcache_page_size", self.kvcache_page_size, PAGE_SIZES)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("device", self.device, ("auto", "cuda", "cpu"))

@@ -14,10 +14,12 @@ from compactor_vllm.contexts.file_format import (
     read_context,
     write_context,
 )
+from compactor_vllm.contexts.prefix_cache import PrefixCache
 from compactor_vllm.contexts.rows import data_of, rows_of
 from compactor_vllm.core.chat import Message, check_messages, encode, render
-from compactor_vllm.errors import EngineClosedError, InvalidInputError
-from compactor_vllm.kv_cache.segment import Segment
+from compactor_vllm.core.memory_manager import KVCacheManager
+from compactor_vllm.errors import EngineClosedError, InvalidInputError, OutOfPagesError
+from compactor_vllm.kv_cache.segment import Segment, SegmentData
 from compactor_vllm.models.fingerprint import fingerprint
 
 if TYPE_CHECKING:
@@ -139,8 +141,8 @@ class Context:
         return int(self._runner.manager.kv_heads_L.sum())
 
 
-def load_context(runner: ModelRunner, model: str, path: str | Path) -> Context:
-    """See `LLM.load_context`."""
+def load_context(runner: ModelRunner, model: str, path: str | Path, prefixes: PrefixCache) -> Context:
+    """See `LLM.load_context`; cached prefixes that nobody uses make room."""
     manager, cache = runner.manager, runner.cache
     saved = read_context(Path(path), cache.layers)
     own, dtype = fingerprint(runner.model), str(cache.dtype).removeprefix("torch.")
@@ -160,12 +162,21 @@ def load_context(runner: ModelRunner, model: str, path: str | Path) -> Context:
             data = data_of(
                 part.rows, part.lens_LK, part.num_tokens, cache.layers, cache.page_size, cache.page_bytes, cache.dtype
             )
-            segments.append(manager.restore(data, 0))
+            segments.append(_restore(manager, data, prefixes))
     except BaseException:
         for segment in segments:
             manager.free(segment)
         raise
     return Context(runner, model, saved.token_ids, tuple(segments), header.methods, header.chat_suffix)
+
+
+def _restore(manager: KVCacheManager, data: SegmentData, prefixes: PrefixCache) -> Segment:
+    while True:
+        try:
+            return manager.restore(data, 0)
+        except OutOfPagesError:
+            if not prefixes.evict_one():
+                raise
 
 
 def chat_parts(tokenizer: Any, messages: Sequence[Message], template_kwargs: dict[str, Any]) -> tuple[list[int], str]:

@@ -254,7 +254,7 @@ class LLM:
         """
         if self._closed:
             raise EngineClosedError("this engine is closed; make a new LLM")
-        return load_context(self._engine.runner, self.config.model, path)
+        return load_context(self._engine.runner, self.config.model, path, self._engine.scheduler.prefixes)
 
     # ---- the rest ------------------------------------------------------------------------------------------------
 
@@ -274,8 +274,14 @@ class LLM:
 
     @property
     def free_pages(self) -> int:
-        """Pages of the pool that nobody owns."""
-        return self._engine.manager.pages.num_free
+        """Pages of the pool that nobody uses; cached prefixes that wait for a next user count as free."""
+        manager, prefixes = self._engine.manager, self._engine.scheduler.prefixes
+        idle = [segment for segment in prefixes.segments if segment.refs == 1]
+        return manager.pages.num_free + sum(len(manager.page_ids(segment)) for segment in idle)
+
+    def clear_prefix_cache(self) -> None:
+        """Forgets all cached prefixes."""
+        self._engine.scheduler.prefixes.clear()
 
     @property
     def num_pages(self) -> int:

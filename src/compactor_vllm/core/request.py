@@ -53,7 +53,8 @@ class Request:
         started: clock at arrival, seconds.
         seed: of its random draws.
         method: its resolved method.
-        parts: how the prompt becomes segments; a function of the request alone.
+        parts: how the prompt becomes segments; a function of the request alone. A first part that has become a
+            cached prefix is part of `context` instead.
         stop_ids: tokens that end it.
         max_tokens: prompt and output at most.
         detokenizer: turns its tokens into text; None without a tokenizer.
@@ -63,6 +64,7 @@ class Request:
         siblings: further completions of the same prompt (n > 1), which wait for this one's prefill.
         context: segments of a compressed context before the prompt's own parts. From the time that it is added until
             it ends, the request is one of their owners; it never changes them.
+        prefix_key: of its first part in the prefix cache; None where that is not to be looked for, or has been found.
         seals: it wants no tokens, but the segments of its prompt, which go to `sealed`.
 
     State, kept by scheduler, prefill and runner:
@@ -93,6 +95,7 @@ class Request:
     completion: int = 0
     siblings: list[Request] = field(default_factory=list)
     context: tuple[Segment, ...] = ()
+    prefix_key: bytes | None = None
     seals: bool = False
     shared: list[Segment] = field(default_factory=list)
     private: Segment | None = None
@@ -140,6 +143,10 @@ class Request:
     def growth_tokens(self) -> int:
         """Tokens that decode may still append."""
         return max(self.max_tokens - max(self.computed, len(self.sequence.prompt_token_ids)), 1)
+
+    def begin_with(self, prefix: Segment) -> None:
+        """Makes a cached prefix, of which it has become an owner, take the place of its first part."""
+        self.context, self.parts, self.prefix_key = (*self.context, prefix), self.parts[1:], None
 
     def emit(self, text: str, token_ids: tuple[int, ...], reason: FinishReason | None) -> None:
         self.chunks.append(StreamChunk(index=self.completion, text=text, token_ids=token_ids, finish_reason=reason))

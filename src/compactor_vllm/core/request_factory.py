@@ -6,11 +6,12 @@ import time
 from typing import Any
 
 from compactor_vllm.config import LLMConfig
+from compactor_vllm.contexts.prefix_cache import prefix_key
 from compactor_vllm.core.context import MOST_SEGMENTS
 from compactor_vllm.core.detokenizer import IncrementalDetokenizer
 from compactor_vllm.core.engine import Engine
 from compactor_vllm.core.planning import check_tokens, plan_method, plan_parts, warn_without_effect
-from compactor_vllm.core.request import Request
+from compactor_vllm.core.request import PrefillPart, Request
 from compactor_vllm.errors import InvalidInputError, MissingDependencyError, RequestError
 from compactor_vllm.layers.penalties import TokenCounts, has_penalties
 from compactor_vllm.models.spec import ModelSpec
@@ -83,6 +84,7 @@ class RequestFactory:
         method = plan_method(sequence)
         parts = plan_parts(sequence, method, seals=seals)
         length = len(sequence.prompt_token_ids)
+        prefix_key = self._prefix_key(sequence, parts)
         eos = () if params.ignore_eos else self.spec.eos_token_ids
         arrival, self._arrivals = self._arrivals, self._arrivals + params.n
         seed = derive_seed(self.config.seed, arrival) if params.seed is None else params.seed
@@ -114,12 +116,23 @@ class RequestFactory:
                     counts=TokenCounts(sequence.prompt_token_ids) if has_penalties(params) else None,
                     completion=completion,
                     context=() if sequence.context is None else sequence.context.segments,
+                    prefix_key=prefix_key,
                     seals=seals,
                 )
             )
         if method.decode_pruning is None:  # pruning changes a sequence's own segment, so it cannot share its prompt
             group[0].siblings = group[1:]
         return group
+
+    def _prefix_key(self, sequence: Sequence, parts: tuple[PrefillPart, ...]) -> bytes | None:
+        """Key of a prompt's first part, if it is one that later prompts may begin with."""
+        wants_rows = sequence.sampling_params.prompt_logprobs is not None
+        if not self.config.prefix_cache or len(parts) < 2 or sequence.context is not None or wants_rows:
+            return None
+        part, batch = parts[0], sequence.batch_compression_params
+        statistics = (batch.compression_type, batch.do_chunked_compression, batch.chunk_size)
+        tokens = sequence.prompt_token_ids[part.begin : part.end]
+        return prefix_key(tokens, sequence.cache_salt, part.kept, part.protected, part.method, statistics)
 
     def _detokenizer(self, sequence: Sequence) -> IncrementalDetokenizer | None:
         stop = tuple(sequence.sampling_params.stop)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from compactor_vllm.compression.selection import kept_tokens
+from compactor_vllm.contexts.prefix_cache import PrefixCache
 from compactor_vllm.core.memory_manager import KVCacheManager
 from compactor_vllm.core.request import Request
 from compactor_vllm.errors import OutOfPagesError
@@ -33,6 +34,7 @@ class Scheduler:
 
     def __init__(self, manager: KVCacheManager, max_num_seqs: int, max_prefill_tokens: int):
         self.manager, self.max_num_seqs, self.max_prefill_tokens = manager, max_num_seqs, max_prefill_tokens
+        self.prefixes = PrefixCache(manager.share, manager.free)
         self.queue: list[Request] = []
         self.prefilling: list[Request] = []
         self.running: list[Request] = []
@@ -94,7 +96,9 @@ class Scheduler:
             head = self.queue[0]
             if self._seats_taken(started) + 1 + len(head.siblings) > self.max_num_seqs:
                 break
-            length = len(head.sequence.prompt_token_ids)
+            if not self._find_prefix(head, started):
+                break
+            length = sum(len(part) for part in head.parts)
             full = tokens + length > limit and (bool(started) or most_tokens is not None)
             if head.offloaded is None and (full or (started and (head.alone or started[0].alone))):
                 break
@@ -109,10 +113,38 @@ class Scheduler:
                     started.append(head)
                     tokens += length
             except OutOfPagesError:
+                if self.prefixes.evict_one():
+                    continue
                 break
             self.queue.pop(0)
         self.prefilling += started
         return started
+
+    def _find_prefix(self, request: Request, started: list[Request]) -> bool:
+        """Looks for a request's first part among the cached prefixes; False if another request is making it now."""
+        key = request.prefix_key
+        if key is None:
+            return True
+        prefix = self.prefixes.find(key)
+        if prefix is None:
+            return all(other.prefix_key != key for other in (*self.prefilling, *started))
+        members = [request, *request.siblings]
+        self.manager.share(prefix, len(members))
+        for member in members:
+            member.begin_with(prefix)
+            member.sequence.cached_tokens = prefix.num_tokens
+        return True
+
+    def _keep_prefix(self, request: Request) -> None:
+        """Puts the first part of a prefilled request among the cached prefixes, if it has a key."""
+        key = request.prefix_key
+        if key is None:
+            return
+        prefix = request.shared.pop(0)
+        self.prefixes.add(key, prefix)
+        self.manager.share(prefix, len(request.siblings))
+        for member in [request, *request.siblings]:
+            member.begin_with(prefix)
 
     def _seats_taken(self, started: list[Request]) -> int:
         return len(self.running) + sum(1 + len(r.siblings) for r in [*self.prefilling, *started])
@@ -173,6 +205,7 @@ class Scheduler:
         Raises:
             OutOfPagesError: no slots for the siblings' tails; the request is still prefilling.
         """
+        self._keep_prefix(request)
         group = [request, *request.siblings]
         if request.siblings:
             assert request.private is not None
@@ -221,6 +254,8 @@ class Scheduler:
                 self.manager.grow([r.private for r in self.running if r.private is not None])
                 return []
             except OutOfPagesError:
+                if self.prefixes.evict_one():
+                    continue
                 running = len(self.running)
                 read_drawn()
                 if len(self.running) < running:

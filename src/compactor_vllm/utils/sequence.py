@@ -29,6 +29,7 @@ class Sequence:
     Attributes:
         prompt_token_ids: the prompt.
         sampling_params, compression_params, batch_compression_params: what was asked; never changed.
+        cache_salt: prompts share cached prefixes only with prompts of the same salt.
         context: the `Context` that the prompt begins with, or None; its tokens are the first ones of the prompt.
 
     Filled by the engine:
@@ -50,6 +51,7 @@ class Sequence:
     sampling_params: SamplingParams = field(default_factory=SamplingParams)
     compression_params: SequenceCompressionParams = field(default_factory=SequenceCompressionParams)
     batch_compression_params: BatchCompressionParams = field(default_factory=BatchCompressionParams)
+    cache_salt: str = ""
     context: Any = None
     output_token_ids: list[int] = field(default_factory=list)
     text: str = ""
