@@ -14,6 +14,7 @@ import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ from benchmarks.kernels.compression_cases import (
 )
 from benchmarks.timing import copy_ceiling, read_ceiling, time_graph, write_results
 from compactor_vllm.compression import SnapKV
+from compactor_vllm.compression import chunk_attention_kernel as chunk_module
+from compactor_vllm.compression import leverage_kernel as leverage_module
 from compactor_vllm.compression.chunk_attention_kernel import chunk_attention_scores
 from compactor_vllm.compression.leverage_kernel import leverage_scores
 from compactor_vllm.compression.select_kernel import select_tokens
@@ -166,6 +169,51 @@ def measure(lengths: list[int], retention: float, ceilings: dict[str, float]) ->
     return rows
 
 
+CHUNK_TILES = (
+    (64, 256, 4, 3), (64, 256, 4, 2), (64, 256, 8, 2), (64, 256, 8, 3), (128, 256, 8, 1), (128, 256, 8, 2), (32, 256, 4, 3),
+)  # fmt: skip
+LEVERAGE_TILES = tuple((rows, fused, stages) for rows in (32, 64) for fused in (0, 1024) for stages in (1, 2, 3))
+
+
+def tune(tokens: int) -> list[dict[str, Any]]:
+    """Times the tiles of chunk attention (queries, keys, warps, stages) and leverage (rows, fused chunk, stages)."""
+    layer = make_layer([tokens], 0.5)
+    borders, phi = layer.context.cu_seqlens, layer.context.sketch()
+    attend = partial(chunk_attention_scores, layer.q_THD, layer.k_TKD, borders, scale=1.0, v_TKD=layer.v_TKD, chunk=256)
+    measure_leverage = partial(leverage_scores, layer.k_TKD, phi, borders, chunk=512, ridge=5e-3)
+    rows = []
+    for tiles in CHUNK_TILES:
+        chosen = chunk_module.ChunkAttentionConfig(
+            **dict(zip(("queries", "keys", "num_warps", "num_stages"), tiles, strict=True))
+        )
+        rows.append(
+            _try("chunk attention (256)", tiles, attend, chunk_module, "default_chunk_attention_config", chosen)
+        )
+    for tiles in LEVERAGE_TILES:
+        chosen = leverage_module.LeverageConfig(
+            project=True, **dict(zip(("rows", "fused_chunk", "num_stages"), tiles, strict=True))
+        )
+        rows.append(
+            _try(
+                "leverage (chunks of 512)", tiles, measure_leverage, leverage_module, "default_leverage_config", chosen
+            )
+        )
+    return rows
+
+
+def _try(
+    op: str, tiles: tuple[int, ...], call: Callable[[], Any], module: Any, name: str, config: Any
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"op": op, "tiles": list(tiles)}
+    with mock.patch.object(module, name, lambda *shape: config):
+        try:
+            row["us"] = time_graph([call], budget_ms=40).median_us
+        except Exception as error:  # tiles that the card cannot hold
+            row["error"] = f"{type(error).__name__}: {error}"[:200]
+    print(row, flush=True)
+    return row
+
+
 def matmul_ceiling() -> float:
     """TFLOP/s of an 8192^3 bfloat16 product."""
     x, y = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
@@ -210,7 +258,11 @@ def main() -> None:
     parser.add_argument("--retention", type=float, nargs="+", default=[0.5, 0.25], help="fractions kept")
     parser.add_argument("--plot", help="write a chart to this file")
     parser.add_argument("--out", help="folder of the JSON file (default: $OUT or benchmarks/results)")
+    parser.add_argument("--tune", action="store_true", help="compare tile shapes instead")
     options = parser.parse_args()
+    if options.tune:
+        print(write_results("compression_tuning", tune(options.tokens), {}, options.out))
+        return
     errors = check()
     print("\n".join(f"relative error of {name}: {error:.2e}" for name, error in errors.items()))
     print("selection and stores equal the references")

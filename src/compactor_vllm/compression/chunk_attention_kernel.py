@@ -175,8 +175,8 @@ def _value_lengths(v_ptr, begin, end, head, NUM_KV_HEADS: tl.constexpr, V_DIM: t
     token = begin + tl.arange(0, KEYS)
     place = (token.to(tl.int64) * NUM_KV_HEADS + head) * V_DIM
     squares = tl.zeros((KEYS,), tl.float32)
-    for first in range(0, V_DIM, 16):
-        dims = first + tl.arange(0, 16)
+    for first in range(0, V_DIM, 32):
+        dims = first + tl.arange(0, 32)
         mask = (token < end)[:, None] & (dims < V_DIM)[None, :]
         v = tl.load(v_ptr + place[:, None] + dims[None, :], mask=mask, other=0.0).to(tl.float32)
         squares += tl.sum(v * v, 1)
