@@ -170,7 +170,8 @@ def measure(lengths: list[int], retention: float, ceilings: dict[str, float]) ->
 
 
 CHUNK_TILES = (
-    (64, 256, 4, 3), (64, 256, 4, 2), (64, 256, 8, 2), (64, 256, 8, 3), (128, 256, 8, 1), (128, 256, 8, 2), (32, 256, 4, 3),
+    (64, 256, 4, 3), (64, 256, 4, 2), (64, 256, 8, 2), (64, 256, 8, 3), (128, 256, 8, 1), (128, 256, 8, 2),
+    (32, 256, 4, 3),
 )  # fmt: skip
 LEVERAGE_TILES = tuple((rows, fused, stages) for rows in (32, 64) for fused in (0, 1024) for stages in (1, 2, 3))
 

@@ -17,6 +17,8 @@ from compactor_vllm import (
     SamplingParams,
     SequenceCompressionParams,
 )
+from compactor_vllm.compression import Compactor
+from compactor_vllm.kv_cache.gather import gather_segment
 from tests.core.test_overlap import RunAhead
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=10, ignore_eos=True)
@@ -118,6 +120,34 @@ def test_a_context_continues_another(llm):
         first.close()
         answer = llm.generate([1, 2, 3], GREEDY, return_sequences=True, context=second)
         assert len(answer.output_token_ids) == 10 and answer.kept_fraction == pytest.approx((75 + 30 + 3) / 213)
+    assert all_free(llm)
+
+
+def kept_positions(llm, context, layer: int) -> list[set[int]]:
+    [segment] = context.segments
+    lens = llm._engine.manager.cache.host_lens_LSK[layer, segment.slot]
+    held = gather_segment(llm._engine.manager.cache.layer(layer), segment.slot, int(lens.max()))
+    return [set(held.positions_KL[h, :n].tolist()) for h, n in enumerate(held.lens_K.tolist())]
+
+
+def test_recompression_keeps_a_part_of_what_was_kept(llm):
+    """As many tokens as compressing to that ratio at once, and those with the best scores: the very same tokens."""
+    quarter = SequenceCompressionParams(compression_ratio=0.25, protected_first_tokens=2, protected_last_tokens=2)
+    # COMPACTOR weighs leverage by the fraction that is dropped, which would make the two scores differ.
+    method = Compactor(leverage_weight=0.5)
+    batch = BatchCompressionParams(compression_method=method)
+    with (
+        llm.compress(DOCUMENT, batch, HALF) as half,
+        llm.compress(DOCUMENT, batch, quarter) as wanted,
+        half.recompress(0.25, protected_first_tokens=2, protected_last_tokens=2) as again,
+    ):
+        assert again.kept_tokens == wanted.kept_tokens == 38 and half.kept_tokens == 75
+        for layer in range(llm.spec.num_layers):
+            assert kept_positions(llm, again, layer) == kept_positions(llm, wanted, layer)
+        answers = [llm.generate([1, 2], GREEDY, context=c, return_sequences=True) for c in (again, wanted)]
+        assert answers[0].output_token_ids == answers[1].output_token_ids
+        with pytest.raises(InvalidInputError, match="compression_ratio"):
+            half.recompress(0.0)
     assert all_free(llm)
 
 

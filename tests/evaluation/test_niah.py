@@ -5,26 +5,14 @@ from __future__ import annotations
 import re
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.evaluation.tasks import NIAH_TASKS, make_sample, make_samples
-from compactor_vllm.evaluation.tasks.niah import _largest_fit
+from compactor_vllm.evaluation.tasks.sample import largest_fit
 from compactor_vllm.evaluation.tasks.words import ADJECTIVES, NOUNS
 
+PROSE_TASKS = [name for name, task in NIAH_TASKS.items() if task.haystack == "prose"]
 LINE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Words and pieces of words, about as long as those of a large vocabulary."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    corpus = [LINE, "One of the special magic numbers for what is: mentioned in the provided text", *ADJECTIVES[:40]]
-    backend.train_from_iterator(corpus * 3, trainers.BpeTrainer(vocab_size=600, show_progress=False))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=100)
 
 
 def size(tokenizer, sample) -> int:
@@ -49,7 +37,7 @@ def test_single_1_text(tokenizer):
     assert (sample.max_new_tokens, len(sample.answers), sample.depth) == (128, 1, 0.5)
 
 
-@pytest.mark.parametrize("task", NIAH_TASKS)
+@pytest.mark.parametrize("task", ["niah_single_1", "niah_multikey_2", "niah_multikey_3"])
 @pytest.mark.parametrize("depth", [0.0, 0.3, 1.0, None])
 def test_needle_lies_once_where_it_should(task, depth, tokenizer):
     sample = make_sample(task, tokenizer, length=3000, seed=1, depth=depth)
@@ -114,6 +102,39 @@ def test_wrong_arguments(tokenizer):
         make_samples("niah_single_1", tokenizer, length=500, count=3, depths=[0, 1])
 
 
+@pytest.mark.parametrize("task", PROSE_TASKS)
+def test_needles_in_prose(task, tokenizer):
+    recipe, depth = NIAH_TASKS[task], 0.4
+    sample = make_sample(task, tokenizer, length=2000, seed=2, depth=depth)
+    needles = re.findall(r"One of the special magic (\w+)s for (\S+) is: (\S+)\.", sample.context)
+    assert len(needles) == recipe.keys * recipe.values
+    assert {kind for kind, _, _ in needles} == {recipe.value_type}
+    assert len({key for _, key, _ in needles}) == recipe.keys and len({value for *_, value in needles}) == len(needles)
+    # What is asked for is what was hidden: each reference once, and nobody else's.
+    asked = {key for _, key, _ in needles if key in sample.question}
+    assert len(asked) == recipe.queries and all(key in sample.answer_prefix for key in asked)
+    assert sorted(sample.answers) == sorted(value for _, key, value in needles if key in asked)
+    assert all(sample.prompt.count(value) == 1 for value in sample.answers)
+    many = recipe.queries * recipe.values > 1
+    assert sample.context.startswith("Some special magic" if many else "A special magic")
+    assert sample.question.startswith("What are all the special magic" if many else "What is the special magic")
+    place = sample.context.index(sample.answers[0]) / len(sample.context)
+    assert abs(place - depth) < 0.1 and sample.context.count("\n") == 2
+    assert 0.985 * 2000 <= size(tokenizer, sample) <= 2000
+
+
+def test_queries_are_listed_as_ruler_does(tokenizer):
+    question = make_sample("niah_multiquery", tokenizer, length=1000).question
+    assert re.search(r" for ([a-z]+-[a-z]+, ){3}and [a-z]+-[a-z]+ mentioned in the provided text\? $", question)
+
+
+def test_essays_of_the_user_are_the_haystack(tokenizer):
+    essays = ("First sentence.", "Second one?", "Third!")
+    sample = make_sample("niah_single_2", tokenizer, length=600, depth=1.0, essays=essays)
+    hay = sample.context.split("\n")[1]
+    assert hay.startswith("First sentence. Second one? Third! First sentence.") and "Ada" not in hay
+
+
 def test_word_lists():
     for words, least in ((ADJECTIVES, 150), (NOUNS, 250)):
         assert len(words) == len(set(words)) >= least
@@ -130,5 +151,7 @@ def test_largest_fit(slope, limit):
         return 5 + slope * n + n % 3
 
     expected = max((n for n in range(limit) if 5 + slope * n + n % 3 <= limit), default=None)
-    assert _largest_fit(measure, limit) == expected
+    assert largest_fit(measure, limit) == expected
     assert len(calls) < 40
+    for most in (0, 1, 3, 100):
+        assert largest_fit(measure, limit, most) == (None if expected is None else min(expected, most))

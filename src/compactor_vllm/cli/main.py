@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from compactor_vllm.cli import chat, contexts, demo, env, generate, models
+from compactor_vllm.cli import bench, chat, contexts, demo, env, evaluate, generate, models, serve
 from compactor_vllm.cli.console import fail
 from compactor_vllm.errors import CompactorError
 
@@ -28,6 +28,9 @@ app.command("generate", epilog=generate.EPILOG)(generate.generate)
 app.command("chat", epilog=chat.EPILOG)(chat.chat)
 app.command("compress", epilog=contexts.COMPRESS_EPILOG)(contexts.compress)
 app.command("ask", epilog=contexts.ASK_EPILOG)(contexts.ask)
+app.command("serve", epilog=serve.EPILOG, context_settings=serve.CONTEXT_SETTINGS)(serve.serve)
+app.add_typer(evaluate.app, name="eval")
+app.add_typer(bench.app, name="bench")
 app.command("models", epilog=models.EPILOG)(models.models)
 app.command("env")(env.env)
 

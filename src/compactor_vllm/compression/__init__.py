@@ -23,9 +23,15 @@ if TYPE_CHECKING:
         CompressionMethod,
         SequenceCompressionParams,
     )
+    from compactor_vllm.compression.expected_attention import ExpectedAttention
+    from compactor_vllm.compression.keydiff import KeyDiff
+    from compactor_vllm.compression.knorm import Knorm
+    from compactor_vllm.compression.lagkv import LagKV
     from compactor_vllm.compression.none import NoCompression
+    from compactor_vllm.compression.random_scores import RandomScores
     from compactor_vllm.compression.registry import COMPRESSION_REGISTRY, method_names, register, resolve_method
     from compactor_vllm.compression.snapkv import SnapKV
+    from compactor_vllm.compression.streaming_llm import StreamingLLM
 
 __all__ = [
     "COMPRESSION_REGISTRY",
@@ -35,11 +41,17 @@ __all__ = [
     "CompressionMethod",
     "DecodePruning",
     "DecodeScoringContext",
+    "ExpectedAttention",
+    "KeyDiff",
+    "Knorm",
+    "LagKV",
     "NoCompression",
+    "RandomScores",
     "ScoringContext",
     "SequenceCompressionParams",
     "SequenceSpan",
     "SnapKV",
+    "StreamingLLM",
     "method_names",
     "register",
     "resolve_method",
@@ -57,6 +69,12 @@ _HOMES = {
     "Compactor": "compactor",
     "NoCompression": "none",
     "SnapKV": "snapkv",
+    "ExpectedAttention": "expected_attention",
+    "KeyDiff": "keydiff",
+    "Knorm": "knorm",
+    "LagKV": "lagkv",
+    "RandomScores": "random_scores",
+    "StreamingLLM": "streaming_llm",
     "COMPRESSION_REGISTRY": "registry",
     "method_names": "registry",
     "register": "registry",

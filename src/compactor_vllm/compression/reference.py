@@ -10,10 +10,14 @@ size: no padded row takes part in any sum. Workspace stays bounded whatever the 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from compactor_vllm.compression.common import SequenceSpan
 
 POOL_KINDS = ("avg", "max")
 GROUP_REDUCTIONS = ("sum", "mean", "max")
@@ -38,6 +42,17 @@ def chunk_runs(num_tokens: int, chunk: int | None) -> Iterator[tuple[int, int, i
     yield 0, full, size
     if full * size < num_tokens:
         yield full * size, 1, num_tokens - full * size
+
+
+def token_blocks(begin: int, end: int) -> Iterator[slice]:
+    """Slices of [begin, end) in order, none so long that a float32 copy of its states would be large."""
+    for first in range(begin, end, _TOKENS_AT_ONCE):
+        yield slice(first, min(first + _TOKENS_AT_ONCE, end))
+
+
+def sink_tokens(span: SequenceSpan, sinks: int) -> int:
+    """How many of the span's tokens are among the first `sinks` tokens of their context."""
+    return min(max(sinks - span.first_position, 0), len(span))
 
 
 def _blocks(num_tokens: int, chunk: int | None, chunks_at_once: int) -> Iterator[tuple[int, int, int]]:

@@ -13,15 +13,22 @@ from typing import Any, TypeVar
 from compactor_vllm.compression.common import BaseCompressionMethod
 from compactor_vllm.compression.compactor import Compactor
 from compactor_vllm.compression.compression_params import CompressionMethod, MethodSpec
+from compactor_vllm.compression.expected_attention import ExpectedAttention
 from compactor_vllm.compression.external import installed_methods, load_attribute, load_entry_point
+from compactor_vllm.compression.keydiff import KeyDiff
+from compactor_vllm.compression.knorm import Knorm
+from compactor_vllm.compression.lagkv import LagKV
 from compactor_vllm.compression.none import NoCompression
+from compactor_vllm.compression.random_scores import RandomScores
 from compactor_vllm.compression.snapkv import SnapKV
+from compactor_vllm.compression.streaming_llm import StreamingLLM
 from compactor_vllm.errors import InvalidInputError, UnknownMethodError
 
 COMPRESSION_REGISTRY: dict[str, type[BaseCompressionMethod]] = {
     CompressionMethod.COMPACTOR.value: Compactor,
     CompressionMethod.SNAPKV.value: SnapKV,
     CompressionMethod.NONE.value: NoCompression,
+    **{cls.name: cls for cls in (ExpectedAttention, KeyDiff, Knorm, LagKV, RandomScores, StreamingLLM)},
 }
 """Classes by lower-case name; members of `CompressionMethod` are strings and index it."""
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compactor_vllm.compression.compression_params import SequenceCompressionParams
+from compactor_vllm.compression.selection import kept_tokens, protected_spans
 from compactor_vllm.contexts.file_format import (
     ContextFileError,
     ContextHeader,
@@ -55,8 +57,9 @@ class Context:
         segments: tuple[Segment, ...],
         methods: tuple[str, ...],
         chat_suffix: str | None,
+        prefixes: PrefixCache,
     ):
-        self._runner, self._model = runner, model
+        self._runner, self._model, self._prefixes = runner, model, prefixes
         self.token_ids, self.segments, self.methods, self.chat_suffix = token_ids, segments, methods, chat_suffix
         self._closed = False
 
@@ -113,6 +116,41 @@ class Context:
         )
         write_context(Path(path), SavedContext(header=header, token_ids=self.token_ids, segments=segments))
 
+    def recompress(self, ratio: float, *, protected_first_tokens: int = 16, protected_last_tokens: int = 64) -> Context:
+        """A smaller context of the same tokens: what is kept of each segment is a part of what this one keeps.
+
+        The scores that tokens were kept for decide again, so nothing is computed anew. This context stays as it is.
+
+        Args:
+            ratio: fraction of the original tokens that the new one keeps, in (0, 1].
+            protected_first_tokens, protected_last_tokens: of each segment, kept inside the budget.
+
+        Raises:
+            InvalidInputError: `ratio` is out of range.
+            EngineClosedError: it was closed.
+            OutOfPagesError: the pool cannot hold both.
+        """
+        self.check_open()
+        params = SequenceCompressionParams(
+            compression_ratio=ratio,
+            protected_first_tokens=protected_first_tokens,
+            protected_last_tokens=protected_last_tokens,
+        )
+        manager, begin, made = self._runner.manager, 0, []  # type: ignore[var-annotated]
+        try:
+            for segment in self.segments:
+                made.append(_restore(manager, manager.read_segment(segment), self._prefixes))
+                self._runner.shrink_segment(made[-1], *_budget(params, begin, segment.num_tokens))
+                begin += segment.num_tokens
+        except BaseException:
+            for segment in made:
+                manager.free(segment)
+            raise
+        methods = tuple(f"{method}, again to {ratio:g}" for method in self.methods)
+        return Context(
+            self._runner, self._model, self.token_ids, tuple(made), methods, self.chat_suffix, self._prefixes
+        )
+
     def check_open(self) -> None:
         """Raises EngineClosedError if it was closed."""
         if self._closed:
@@ -167,7 +205,14 @@ def load_context(runner: ModelRunner, model: str, path: str | Path, prefixes: Pr
         for segment in segments:
             manager.free(segment)
         raise
-    return Context(runner, model, saved.token_ids, tuple(segments), header.methods, header.chat_suffix)
+    return Context(runner, model, saved.token_ids, tuple(segments), header.methods, header.chat_suffix, prefixes)
+
+
+def _budget(params: SequenceCompressionParams, begin: int, length: int) -> tuple[int, tuple[tuple[int, int], ...]]:
+    """Tokens that a segment of `length` tokens from position `begin` on may keep, and positions that stay."""
+    spans = protected_spans(length, params.protected_first_tokens, params.protected_last_tokens, [])
+    kept = kept_tokens(length, params.compression_ratio, None, sum(high - low for low, high in spans))
+    return kept, tuple((begin + low, begin + high) for low, high in spans)
 
 
 def _restore(manager: KVCacheManager, data: SegmentData, prefixes: PrefixCache) -> Segment:

@@ -12,11 +12,11 @@ from compactor_vllm.config import LLMConfig, SamplingParams
 from compactor_vllm.core.build import build_engine
 from compactor_vllm.core.chat import Message, chat_prompt, encode
 from compactor_vllm.core.context import Context, chat_parts, load_context, question_tokens
+from compactor_vllm.core.pending_context import PendingContext
 from compactor_vllm.core.request import Request
 from compactor_vllm.core.request_factory import RequestFactory
 from compactor_vllm.core.stream import AnswerStream
 from compactor_vllm.errors import (
-    CompactorError,
     EngineClosedError,
     InvalidInputError,
     MissingDependencyError,
@@ -223,27 +223,13 @@ class LLM:
             batch_compression_params=batch_compression_params or BatchCompressionParams(),
             context=context,
         )
-        [[request]] = self._prepare([sequence], single=True, seals=True)
-        self._submit([[request]])
+        pending = PendingContext(self, sequence, suffix if context is None else context.chat_suffix)
         try:
-            while not sequence.is_finished:
+            while not pending.done:
                 self._engine.step()
+            return pending.take()
         finally:
-            self._engine.abort(request)
-        if not request.sealed:
-            raise CompactorError(f"the context could not be compressed: {sequence.error or sequence.finish_reason}")
-        parents = () if context is None else context.segments
-        for segment in parents:
-            self._engine.manager.share(segment)
-        text = f"{request.method}, ratio {compression.compression_ratio:g}"
-        return Context(
-            self._engine.runner,
-            self.config.model,
-            sequence.prompt_token_ids,
-            (*parents, *request.sealed),
-            (*(() if context is None else context.methods), text),
-            suffix if context is None else context.chat_suffix,
-        )
+            pending.cancel()
 
     def load_context(self, path: str | Path) -> Context:
         """A context that `Context.save` wrote, with the same weights.

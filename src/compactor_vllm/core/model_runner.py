@@ -19,6 +19,7 @@ from compactor_vllm.core.prefill_batch import PrefillItem
 from compactor_vllm.core.request import Request
 from compactor_vllm.core.unit_sizes import UnitSizes
 from compactor_vllm.kv_cache.gather import GatheredSegment, gather_segment
+from compactor_vllm.kv_cache.segment import Segment
 from compactor_vllm.layers.attention import LayerInfo
 from compactor_vllm.layers.kernels import Kernels
 from compactor_vllm.models.common import CausalLM, DecoderLayer
@@ -134,14 +135,26 @@ class ModelRunner:
             self._move(info.index, item.segment, rank, keep_KN.sum(dim=1, dtype=torch.int32))
         self.manager.shrink([item.segment])
 
-    def _gather(self, layer: int, segment) -> GatheredSegment:
+    @torch.inference_mode()
+    def shrink_segment(self, segment: Segment, kept: int, protected: tuple[tuple[int, int], ...]) -> None:
+        """Drops tokens of a settled segment by the scores that they were kept for, down to `kept` per head on average.
+
+        Args:
+            protected: half-open ranges of positions that stay.
+        """
+        for info in self.layer_infos:
+            held = self._gather(info.index, segment)
+            self._compact(info.index, segment, held, held.scores_KL, kept, protected)
+        self.manager.shrink([segment])
+
+    def _gather(self, layer: int, segment: Segment) -> GatheredSegment:
         longest = int(self.cache.host_lens_LSK[layer, segment.slot].max())
         return gather_segment(self.cache.layer(layer), segment.slot, longest)
 
     def _compact(
         self,
         layer: int,
-        segment,
+        segment: Segment,
         held: GatheredSegment,
         scores_KL: Tensor,
         budget: int,
@@ -158,6 +171,6 @@ class ModelRunner:
         )
         self._move(layer, segment, rank, counts_K)
 
-    def _move(self, layer: int, segment, kept_rank: Tensor, counts_K: Tensor) -> None:
+    def _move(self, layer: int, segment: Segment, kept_rank: Tensor, counts_K: Tensor) -> None:
         slots = torch.tensor([segment.slot], dtype=torch.int32, device=self.device)
         self.kernels.compact(self.cache.layer(layer), kept_rank, counts_K[None].contiguous(), slots)

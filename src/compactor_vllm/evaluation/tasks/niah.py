@@ -1,26 +1,28 @@
-"""Needle-in-a-haystack tasks of RULER that need no download (Hsieh et al., arXiv 2404.06654).
+"""RULER's needle-in-a-haystack tasks (Hsieh et al., arXiv 2404.06654).
 
-`niah_single_1` hides one sentence in repeated noise, `niah_multikey_2` among sentences of the same form with other
-keys, `niah_multikey_3` the same with UUIDs. Templates are RULER's, in the singular that it uses for one question with
-one answer; the cut into context, question and answer prefix is kvpress's.
+The haystack is repeated noise, sentences of the needle's form with other keys, or prose: the user's essays, or made-up
+sentences. Templates are RULER's, in the singular that it uses for one question with one answer; the cut into
+context, question and answer prefix is kvpress's.
 """
 
 from __future__ import annotations
 
 import random
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from compactor_vllm.errors import InvalidInputError
+from compactor_vllm.evaluation.tasks.haystack import Prose, noise_lines
+from compactor_vllm.evaluation.tasks.sample import Sample, fit_sample, sample_rng
 from compactor_vllm.evaluation.tasks.words import ADJECTIVES, NOUNS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+NiahSample = Sample
 MAX_NEW_TOKENS = 128
-NOISE = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
 INTRODUCTION = (
     "A special magic {value_type} is hidden within the following text. Make sure to memorize it. "
     "I will quiz you about the {value_type} afterwards.\n"
@@ -30,6 +32,13 @@ NEEDLE = "One of the special magic {value_type}s for {key} is: {value}."
 QUESTION = "What is the special magic {value_type} for {key} mentioned in the provided text? "
 ANSWER_PREFIX = "The special magic {value_type} for {key} mentioned in the provided text is"
 
+INTRODUCTION_MANY = (
+    "Some special magic {value_type}s are hidden within the following text. Make sure to memorize it. "
+    "I will quiz you about the {value_type}s afterwards.\n"
+)
+QUESTION_MANY = "What are all the special magic {value_type}s for {key} mentioned in the provided text? "
+ANSWER_PREFIX_MANY = "The special magic {value_type}s for {key} mentioned in the provided text are"
+
 
 @dataclass(frozen=True)
 class NiahTask:
@@ -37,48 +46,30 @@ class NiahTask:
 
     Attributes:
         key_type, value_type: "word" (adjective-noun), "number" (seven digits) or "uuid".
-        needles_as_haystack: other needles surround the needle, instead of noise.
+        haystack: "noise", "needles" (other needles, one a line) or "prose".
+        keys: needles with different keys, besides a haystack of needles.
+        values: needles of each key.
+        queries: keys that are asked for.
     """
 
     key_type: str
     value_type: str
-    needles_as_haystack: bool
+    haystack: str
+    keys: int = 1
+    values: int = 1
+    queries: int = 1
 
 
 NIAH_TASKS: dict[str, NiahTask] = {
-    "niah_single_1": NiahTask("word", "number", False),
-    "niah_multikey_2": NiahTask("word", "number", True),
-    "niah_multikey_3": NiahTask("uuid", "uuid", True),
+    "niah_single_1": NiahTask("word", "number", "noise"),
+    "niah_single_2": NiahTask("word", "number", "prose"),
+    "niah_single_3": NiahTask("word", "uuid", "prose"),
+    "niah_multikey_1": NiahTask("word", "number", "prose", keys=4),
+    "niah_multikey_2": NiahTask("word", "number", "needles"),
+    "niah_multikey_3": NiahTask("uuid", "uuid", "needles"),
+    "niah_multivalue": NiahTask("word", "number", "prose", values=4),
+    "niah_multiquery": NiahTask("word", "number", "prose", keys=4, queries=4),
 }
-
-
-@dataclass(frozen=True)
-class NiahSample:
-    """One question about one text; `prompt` is the whole.
-
-    Attributes:
-        task: name of the task.
-        context: introduction and haystack, the part that a query-agnostic method compresses.
-        question: follows the context.
-        answer_prefix: the beginning of the answer; in a chat it follows the assistant's header.
-        answers: what the generated text has to contain.
-        max_new_tokens: the protocol's limit of the output.
-        depth: where the needle lies, from 0 (first line) to 1 (last line).
-        key: what the needle is asked by.
-    """
-
-    task: str
-    context: str
-    question: str
-    answer_prefix: str
-    answers: list[str]
-    max_new_tokens: int
-    depth: float
-    key: str
-
-    @property
-    def prompt(self) -> str:
-        return self.context + self.question + self.answer_prefix
 
 
 def make_samples(
@@ -89,7 +80,7 @@ def make_samples(
     count: int,
     seed: int = 0,
     depths: Sequence[float] | None = None,
-) -> list[NiahSample]:
+) -> list[Sample]:
     """`count` samples, see `make_sample`; without `depths` the needles' depths are evenly spaced from 0 to 1."""
     if depths is None:
         depths = [0.5] if count == 1 else [i / (count - 1) for i in range(count)]
@@ -108,15 +99,17 @@ def make_sample(
     seed: int = 0,
     index: int = 0,
     depth: float | None = None,
-) -> NiahSample:
+    essays: Sequence[str] | None = None,
+) -> Sample:
     """Sample `index` of the series that `seed` begins; the same arguments give the same sample.
 
     Args:
         task: a name in `NIAH_TASKS`.
         tokenizer: measures the text.
         length: tokens of the prompt (without special tokens and chat template) and of the longest output together.
-            The haystack is as long as fits, in whole sentences.
-        depth: place of the needle in [0, 1]; None draws it.
+            The haystack is as long as fits: in sentences of noise, needles, or words of prose.
+        depth: place of the first needle that is asked for, in [0, 1]; None draws it. Others lie where they are drawn.
+        essays: sentences of the haystack of prose; None makes them up.
 
     Raises:
         InvalidInputError: unknown task, depth outside [0, 1], or a length that does not hold the template.
@@ -125,58 +118,84 @@ def make_sample(
         raise InvalidInputError(f"unknown task {task!r}; choose from {', '.join(NIAH_TASKS)}")
     if depth is not None and not 0 <= depth <= 1:
         raise InvalidInputError(f"depth must lie in [0, 1], not {depth!r}")
-    # Seeded by a text, so that neighbouring seeds and indices share nothing.
-    rng = random.Random(f"{task}/{seed}/{index}")
-    builder = _Builder(task, rng, rng.random() if depth is None else depth)
+    rng = sample_rng(task, seed, index)
+    builder = _Builder(task, rng, rng.random() if depth is None else depth, essays)
+    return fit_sample(builder.build, tokenizer, length)
 
-    def num_tokens(units: int) -> int:
-        return len(tokenizer(builder.build(units).prompt, add_special_tokens=False, verbose=False)["input_ids"])
 
-    units = _largest_fit(num_tokens, length - MAX_NEW_TOKENS)
-    if units is None:
-        least = num_tokens(0) + MAX_NEW_TOKENS
-        raise InvalidInputError(f"length {length} is too short for {task}: without a haystack it takes {least} tokens")
-    return builder.build(units)
+@dataclass(frozen=True)
+class _Needle:
+    key: str
+    value: str
+    depth: float
 
 
 class _Builder:
-    """Builds a sample with any number of haystack units: sentences of noise, or needles. More units only add lines."""
+    """Builds a sample with any number of haystack units: sentences of noise, needles, or words of prose."""
 
-    def __init__(self, task: str, rng: random.Random, depth: float) -> None:
-        self._task, self._rng, self._depth = task, rng, depth
+    def __init__(self, task: str, rng: random.Random, depth: float, essays: Sequence[str] | None) -> None:
+        self._task, self._rng = task, rng
         self._recipe = NIAH_TASKS[task]
-        self._key, self._value = _word(self._recipe.key_type, rng), _word(self._recipe.value_type, rng)
+        first = _Needle(_word(self._recipe.key_type, rng), _word(self._recipe.value_type, rng), depth)
+        self._needles = [first]
         self._others: list[str] = []
+        for number in range(1, self._recipe.keys * self._recipe.values):
+            self._needles.append(self._draw(None if number % self._recipe.values == 0 else self._needles[-1].key))
+        self._prose = Prose(rng, essays) if self._recipe.haystack == "prose" else None
 
-    def build(self, units: int) -> NiahSample:
+    def build(self, units: int) -> Sample:
         recipe = self._recipe
-        names = {"value_type": recipe.value_type, "key": self._key, "value": self._value}
-        lines = self._needle_lines(units) if recipe.needles_as_haystack else _noise_lines(units)
-        lines.insert(round(self._depth * len(lines)), NEEDLE.format(**names))
-        return NiahSample(
+        asked = self._needles[: recipe.queries * recipe.values]
+        many = len(asked) > 1
+        names = {"value_type": recipe.value_type, "key": _listed(list(dict.fromkeys(n.key for n in asked)))}
+        introduction = INTRODUCTION_MANY if many else INTRODUCTION
+        return Sample(
             task=self._task,
-            context=INTRODUCTION.format(**names) + "\n".join(lines) + "\n",
-            question=QUESTION.format(**names),
-            answer_prefix=ANSWER_PREFIX.format(**names),
-            answers=[self._value],
+            context=introduction.format(**names) + self._hidden(units) + "\n",
+            question=(QUESTION_MANY if many else QUESTION).format(**names),
+            answer_prefix=(ANSWER_PREFIX_MANY if many else ANSWER_PREFIX).format(**names),
+            answers=[needle.value for needle in asked],
             max_new_tokens=MAX_NEW_TOKENS,
-            depth=self._depth,
-            key=self._key,
+            depth=asked[0].depth,
+            key=asked[0].key,
         )
 
-    def _needle_lines(self, count: int) -> list[str]:
+    def _hidden(self, units: int) -> str:
+        """The haystack with its needles, each before the sentence that its depth names."""
         recipe = self._recipe
+        if self._prose is not None:
+            pieces = self._prose.words(units)
+        else:
+            pieces = self._needle_lines(units) if recipe.haystack == "needles" else noise_lines(units)
+        count = len(pieces)
+        for needle in sorted(self._needles, key=lambda needle: needle.depth, reverse=True):
+            text = NEEDLE.format(value_type=recipe.value_type, key=needle.key, value=needle.value)
+            pieces.insert(round(needle.depth * count), text)
+        return ("\n" if self._prose is None else " ").join(pieces)
+
+    def _draw(self, key: str | None) -> _Needle:
+        """A needle whose value, and whose key if none is given, no other needle has."""
+        taken = {needle.key for needle in self._needles} | {needle.value for needle in self._needles}
+        new = self._fresh(self._recipe.key_type, taken) if key is None else key
+        return _Needle(new, self._fresh(self._recipe.value_type, taken), self._rng.random())
+
+    def _fresh(self, kind: str, taken: set[str]) -> str:
+        while (word := _word(kind, self._rng)) in taken:
+            pass
+        return word
+
+    def _needle_lines(self, count: int) -> list[str]:
+        recipe, mine = self._recipe, self._needles[0]
         while len(self._others) < count:
             key, value = _word(recipe.key_type, self._rng), _word(recipe.value_type, self._rng)
-            if key != self._key and value != self._value:
+            if key != mine.key and value != mine.value:
                 self._others.append(NEEDLE.format(value_type=recipe.value_type, key=key, value=value))
         return self._others[:count]
 
 
-def _noise_lines(sentences: int) -> list[str]:
-    """The noise repeated line by line; the last line may be cut after a sentence to come closer to the length."""
-    full, rest = divmod(sentences, len(NOISE))
-    return [" ".join(NOISE)] * full + [" ".join(NOISE[:rest])] * (rest > 0)
+def _listed(names: list[str]) -> str:
+    """ "a", "a, and b", "a, b, and c": as RULER lists its queries."""
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + ", and " + names[-1]
 
 
 def _word(kind: str, rng: random.Random) -> str:
@@ -185,22 +204,3 @@ def _word(kind: str, rng: random.Random) -> str:
     if kind == "uuid":
         return str(uuid.UUID(int=rng.getrandbits(128), version=4))
     return f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
-
-
-def _largest_fit(measure: Callable[[int], int], limit: int) -> int | None:
-    """The largest n >= 0 with measure(n) <= limit, None if there is none. `measure` grows with n, almost linearly."""
-    low, at_low = 0, measure(0)
-    if at_low > limit:
-        return None
-    high = 1
-    while (at_high := measure(high)) <= limit:
-        low, at_low, high = high, at_high, 2 * high
-    while high - low > 1:
-        guess = low + (limit - at_low) * (high - low) // (at_high - at_low)
-        middle = min(max(guess, low + 1), high - 1)
-        at_middle = measure(middle)
-        if at_middle <= limit:
-            low, at_low = middle, at_middle
-        else:
-            high, at_high = middle, at_middle
-    return low

@@ -1,4 +1,4 @@
-"""Adjectives and nouns for the keys of generated tasks: common English words, lower case, each once."""
+"""Words of generated tasks: adjectives and nouns for keys, common and each once; names and phrases for prose."""
 
 from __future__ import annotations
 
@@ -80,3 +80,39 @@ _NOUNS = """
 
 ADJECTIVES: tuple[str, ...] = tuple(_ADJECTIVES.split())
 NOUNS: tuple[str, ...] = tuple(_NOUNS.split())
+
+_NAMES = """
+    Ada Alba Boris Bruno Celia Clara Dario Dmitri Edda Elena Farid Felix Greta Gwen Henrik Hugo Ilse Ines Jonas Jorge
+    Karin Katya Lionel Luca Maud Mira Nadia Nils Olga Oscar Pavel Priya Quentin Rita Rosa Stefan Sven Tara Ugo Vera
+    Walter Xenia Yusuf Zoe
+"""
+
+_SYLLABLES = "bar den fal gor hul kam lin mor nes pol rus sel tav vin wes zan"
+_TRADES = "baker botanist carpenter dentist geologist glazier lawyer mason painter pilot tailor weaver"
+_VERBS = "carried painted repaired sold borrowed measured described forgot buried counted traded guarded"
+
+_PLACES = """
+    the market; the harbour; the old library; the station; the north gate; the mill; the assembly hall; the river bank;
+    the workshop; the schoolyard; the observatory; the upper village
+"""
+
+_TIMES = """
+    In the morning; Late in the evening; After the first frost; On the day of the fair; Before anyone noticed;
+    During the long summer; Two years later; That same week; Once the rain had stopped; Against all advice
+"""
+
+_CLAIMS = """
+    had always belonged to the family; was worth more than it seemed; could be mended with patience;
+    had come from the other side of the valley; was too heavy for one person; would outlast them all;
+    had been lost during the move; reminded everyone of an older story; was not for sale at any price;
+    would look different by daylight
+"""
+
+
+def _phrases(text: str) -> tuple[str, ...]:
+    return tuple(" ".join(phrase.split()) for phrase in text.split(";"))
+
+
+NAMES, SYLLABLES = tuple(_NAMES.split()), tuple(_SYLLABLES.split())
+TRADES, VERBS = tuple(_TRADES.split()), tuple(_VERBS.split())
+PLACES, TIMES, CLAIMS = _phrases(_PLACES), _phrases(_TIMES), _phrases(_CLAIMS)

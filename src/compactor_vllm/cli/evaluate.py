@@ -1,0 +1,252 @@
+"""`compactor-vllm eval`: quality at every retention, from one command, and its report."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from compactor_vllm.cli import evaluate_options as own
+from compactor_vllm.cli import options
+from compactor_vllm.cli.console import err
+from compactor_vllm.cli.many_values import ManyValues
+from compactor_vllm.config import LLMConfig
+from compactor_vllm.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from compactor_vllm import LLM
+    from compactor_vllm.evaluation.run_config import MethodChoice, RunConfig
+    from compactor_vllm.evaluation.suites import SuiteOptions
+
+EPILOG = """
+**Examples**
+
+RULER's offline tasks with the built-in model, two methods at three retentions, and the report:
+
+    compactor-vllm eval ruler --method compactor keydiff --ratio 1 0.5 0.25 --samples 10 --out runs/first
+
+    compactor-vllm eval report runs/first
+
+A method of your own, and one with options:
+
+    compactor-vllm eval ruler --method my_file.py:Mine "expected_attention[head_floor=0.2]"
+
+The specification's table, on the samples of kvpress's leaderboard:
+
+    compactor-vllm eval ruler --prebuilt --length 4096 --model Qwen/Qwen3-8B --discard 0 0.25 0.5 0.75 0.9
+
+A run that was broken off goes on when its command is given again. Methods, retentions, tasks and samples may be added.
+"""
+
+RATIOS = (1.0, 0.5, 0.25)
+HAS_EFFECT_ON = {
+    "prebuilt": ("ruler",),
+    "depths": ("needle",),
+    "target": ("label-free",),
+    "length": ("ruler", "needle", "label-free"),
+}
+"""Suites that read an option, for options that some do not."""
+
+SUITES = {
+    "ruler": "RULER: needles, variable tracking, common and frequent words, question answering.",
+    "needle": "One needle at every depth of texts of several lengths, for a heat-map.",
+    "longbench": "LongBench v1, English and code, from the .jsonl files of its archive (--data).",
+    "longbench-v2": "LongBench v2, from data.json (--data) or the hub.",
+    "label-free": "The model's own predictions: NLL ratio, top-1 agreement, KL to the full cache.",
+}
+
+app = typer.Typer(
+    help="Measure what compression costs in quality.", epilog=EPILOG, no_args_is_help=True, rich_markup_mode="markdown"
+)
+
+
+def open_llm(config: LLMConfig) -> LLM:
+    from compactor_vllm import LLM
+
+    return LLM(config)
+
+
+def run_suite(
+    draft: RunConfig,
+    config: LLMConfig,
+    wanted: SuiteOptions,
+    choices: Sequence[MethodChoice],
+    out: Path,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Measures what `out` does not have yet; returns what is in its metrics.json.
+
+    Args:
+        draft: the run's configuration without what only the samples and the engine tell.
+    """
+    from compactor_vllm.evaluation.label_free import LabelFree
+    from compactor_vllm.evaluation.run_directory import RunDirectory
+    from compactor_vllm.evaluation.runner import Answers, run_grid
+    from compactor_vllm.evaluation.suites import suite_sources
+
+    for choice in choices:
+        choice.resolve()
+    with open_llm(config) as llm:
+        wanted = replace(wanted, max_length=min(wanted.max_length, llm.max_model_len))
+        sources, substitutes = suite_sources(draft.suite, llm.tokenizer, wanted)
+        run = replace(
+            draft,
+            tasks=list(dict.fromkeys(source.task for source in sources)),
+            lengths=sorted({source.length for source in sources}),
+            samples=max(source.count for source in sources),
+            substitutes=substitutes,
+            environment={"engine": llm.describe(), **versions()},
+        )
+        directory = RunDirectory.create(out, run)
+        for task, text in substitutes.items():
+            err().print(f"{task}: {text}", style="dim")
+        measure = LabelFree(llm, run) if run.suite == "label-free" else Answers(llm, run)
+        progress = sys.stderr.isatty()
+        run_grid(sources, run.cells(choices), measure, directory, batch_size=batch_size, show_progress=progress)
+        return directory.write_metrics()
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    names = ("compactor-vllm", "torch", "transformers")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def retentions(ratio: Sequence[float] | None, discard: Sequence[float] | None) -> tuple[float, ...]:
+    """The fractions kept.
+
+    Raises:
+        InvalidInputError: both options were given, or a value is out of range.
+    """
+    if ratio and discard:
+        raise InvalidInputError("--ratio is the fraction kept, --discard the fraction removed; give one of them")
+    values = [round(1 - d, 6) for d in discard] if discard else list(ratio or RATIOS)
+    if any(not 0 < value <= 1 for value in values):
+        raise InvalidInputError("--ratio must lie in (0, 1], --discard in [0, 1)")
+    return tuple(dict.fromkeys(values))
+
+
+def check_effects(suite: str, **given: Any) -> None:
+    """Raises InvalidInputError for an option that has no effect on the suite."""
+    for name, value in given.items():
+        if value and suite not in HAS_EFFECT_ON[name]:
+            raise InvalidInputError(
+                f"--{name} has no effect on {suite}; it is an option of {', '.join(HAS_EFFECT_ON[name])}"
+            )
+
+
+def print_results(out: Path, metrics: dict[str, Any], as_json: bool) -> None:
+    """The tables of a run, or its metrics as JSON."""
+    from compactor_vllm.evaluation.report import Results, markdown, tables
+    from compactor_vllm.evaluation.run_directory import RunDirectory
+
+    if as_json:
+        print(json.dumps(metrics, indent=2))
+        return
+    for title, table in tables(Results([RunDirectory.load(out)])):
+        print(f"{title}\n\n{markdown(table)}\n")
+    err().print(f"written to {out}; `compactor-vllm eval report {out}` draws it", style="dim")
+
+
+def _suite_command(suite: str) -> Callable[..., None]:
+    def command(
+        model: options.Model = options.BUILT_IN_MODEL,
+        path: options.ModelPath = None,
+        revision: options.Revision = None,
+        max_model_len: options.MaxModelLen = None,
+        method: own.Methods = None,
+        ratio: own.Ratios = None,
+        discard: own.Discards = None,
+        protected_first: options.ProtectedFirst = 16,
+        protected_last: options.ProtectedLast = 64,
+        task: own.Tasks = None,
+        length: own.Lengths = None,
+        samples: own.Samples = None,
+        seed: own.SampleSeed = 0,
+        data: own.Data = None,
+        prebuilt: own.Prebuilt = False,
+        depths: own.Depths = None,
+        target: own.Target = None,
+        query_aware: own.QueryAware = False,
+        compression_type: own.CompressionType = "layer",
+        chunk_size: own.ChunkSize = None,
+        max_new_tokens: own.AnswerTokens = None,
+        batch_size: own.BatchSize = 8,
+        out: own.Out = None,
+        as_json: options.AsJson = False,
+        device: options.Device = "auto",
+        dtype: options.Dtype = "auto",
+        debug: options.Debug = False,
+    ) -> None:
+        from compactor_vllm.evaluation.run_config import MethodChoice, RunConfig
+        from compactor_vllm.evaluation.suites import SuiteOptions
+
+        check_effects(suite, prebuilt=prebuilt, depths=depths, target=target, length=length)
+        config = LLMConfig(
+            model=model,
+            path=path,
+            revision=revision,
+            max_model_len=max_model_len or "auto",
+            device=device,
+            dtype=dtype,
+            show_progress_bar=False,
+        )
+        choices = [MethodChoice.parse(text) for text in dict.fromkeys(method or ["compactor"])]
+        draft = RunConfig(
+            suite=suite,
+            model=model,
+            dtype=dtype,
+            methods=[choice.label for choice in choices],
+            retentions=retentions(ratio, discard),
+            seed=seed,
+            query_aware=query_aware,
+            protected_first=protected_first,
+            protected_last=protected_last,
+            compression_type=compression_type,
+            chunk_size=chunk_size,
+            max_new_tokens=max_new_tokens,
+            data=str(data) if data is not None else "prebuilt" if prebuilt else "generated",
+        )
+        wanted = SuiteOptions(
+            tasks=task or (),
+            lengths=tuple(dict.fromkeys(length or ())),
+            samples=samples,
+            seed=seed,
+            data=data,
+            prebuilt=prebuilt,
+            depths=depths or 11,
+            target=target or 64,
+        )
+        where = out or Path("runs") / f"{suite}-{model.strip('/').replace('/', '--')}"
+        print_results(where, run_suite(draft, config, wanted, choices, where, batch_size), as_json)
+
+    command.__doc__ = SUITES[suite]
+    return command
+
+
+for _suite in SUITES:
+    app.command(_suite, cls=ManyValues, epilog=EPILOG)(_suite_command(_suite))
+
+
+@app.command("report")
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Directories of runs with one model.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Where to. [default: RUN/report]")] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="The method that others are compared with. [default: compactor]")
+    ] = None,
+    debug: options.Debug = False,
+) -> None:
+    """Draw quality over retention and over bytes, and heat-maps, as PNG, SVG and one HTML page."""
+    from compactor_vllm.evaluation.page import write_report
+    from compactor_vllm.evaluation.run_directory import RunDirectory
+
+    directories = [RunDirectory.load(run) for run in runs]
+    print(write_report(directories, out or runs[0] / "report", base))

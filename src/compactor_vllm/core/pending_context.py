@@ -1,0 +1,72 @@
+"""A context in the making, for those who have the engine do other work at the same time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from compactor_vllm.core.context import Context
+from compactor_vllm.errors import CompactorError
+from compactor_vllm.utils.sequence import Sequence
+
+if TYPE_CHECKING:
+    from compactor_vllm.core.llm_engine import LLM
+
+
+class PendingContext:
+    """A prompt that is being compressed into a `Context`. The engine has it from the time that this object is made.
+
+    It belongs to whoever steps the engine, and ends with `take` or `cancel`.
+
+    Args:
+        llm: whose engine compresses.
+        sequence: the prompt and its compression.
+        chat_suffix: what the chat template writes after a question; None for plain text.
+
+    Raises:
+        RequestError, InvalidInputError: the prompt is wrong; nothing has run.
+    """
+
+    def __init__(self, llm: LLM, sequence: Sequence, chat_suffix: str | None):
+        self._llm, self._suffix = llm, chat_suffix
+        [[self._request]] = llm._prepare([sequence], single=True, seals=True)
+        llm._submit([[self._request]])
+
+    @property
+    def done(self) -> bool:
+        """Whether `take` answers; any thread may ask."""
+        return self._request.sequence.is_finished
+
+    def take(self) -> Context:
+        """The context, which the caller owns.
+
+        Raises:
+            CompactorError: the prefill failed.
+            EngineClosedError: the context that it begins with was closed in the meantime.
+        """
+        request, sequence, parent = self._request, self._request.sequence, self._request.sequence.context
+        if parent is not None:
+            parent.check_open()
+        own, request.sealed = request.sealed, ()
+        if not own:
+            raise CompactorError(f"the context could not be compressed: {sequence.error or sequence.finish_reason}")
+        engine = self._llm._engine
+        for segment in () if parent is None else parent.segments:
+            engine.manager.share(segment)
+        text = f"{request.method}, ratio {sequence.compression_params.compression_ratio:g}"
+        return Context(
+            engine.runner,
+            self._llm.config.model,
+            sequence.prompt_token_ids,
+            (*(() if parent is None else parent.segments), *own),
+            (*(() if parent is None else parent.methods), text),
+            self._suffix,
+            engine.scheduler.prefixes,
+        )
+
+    def cancel(self) -> None:
+        """Ends it, wherever it is, and gives its memory back; what was taken stays."""
+        engine = self._llm._engine
+        engine.abort(self._request)
+        for segment in self._request.sealed:
+            engine.manager.free(segment)
+        self._request.sealed = ()

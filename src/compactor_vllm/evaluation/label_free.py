@@ -1,0 +1,140 @@
+"""Measures that need no right answers: how far a compressed cache moves the model's own predictions.
+
+A target text follows context and question: its tokens are predicted one after the other with the full cache and with a
+compressed one, all from one prefill in which they are the end of the prompt (teacher forcing).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from compactor_vllm.config import SamplingParams
+from compactor_vllm.errors import InvalidInputError
+from compactor_vllm.evaluation.run_config import FULL_CACHE, Cell, MethodChoice, RunConfig
+from compactor_vllm.evaluation.run_directory import Record
+from compactor_vllm.evaluation.runner import batch_params, check_finished, costs, prompt_of
+from compactor_vllm.evaluation.tasks.haystack import Prose
+from compactor_vllm.evaluation.tasks.sample import Sample, sample_rng
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOP_TOKENS = 32
+"""Likeliest tokens of each position that distributions are compared on; all others count as one."""
+
+CONTINUATION_TASK = "continuation"
+
+Distribution = Mapping[int, float]
+"""Token id -> natural log-probability, most likely first."""
+
+
+def continuation_sample(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int,
+    target: int = 64,
+    seed: int = 0,
+    index: int = 0,
+    text: Sequence[str] | None = None,
+) -> Sample:
+    """A text of `length` tokens whose last `target` tokens are to be predicted, without chat template.
+
+    Args:
+        text: sentences of the user's text, of which sample i begins at another sentence; None makes prose up.
+
+    Raises:
+        InvalidInputError: the text is too short.
+    """
+    rng = sample_rng(CONTINUATION_TASK, seed, index)
+    if not 0 < target < length:
+        raise InvalidInputError(f"length {length} must be more than the {target} tokens to predict")
+    if text is not None:
+        begin = rng.randrange(len(text))
+        text = [*text[begin:], *text[:begin]]
+    prose, count = Prose(rng, text), length
+    while len(ids := tokenizer(" ".join(prose.words(count)), add_special_tokens=False)["input_ids"]) < length:
+        count *= 2
+    context, rest = (str(tokenizer.decode(part)) for part in (ids[: length - target], ids[length - target : length]))
+    return Sample(CONTINUATION_TASK, context, "", "", [rest], max_new_tokens=1, chat=False)
+
+
+class LabelFree:
+    """Negative log-likelihood, agreement and divergence of each target.
+
+    The target is the sample's first reference. Records: "nll" and "nll_full", the mean negative log-likelihood of the
+    target's tokens with this cache and with the full one; "nll_ratio" = nll_full / nll, g(r) of the Compactor paper
+    (arXiv 2507.08143); "top1", the fraction of positions whose likeliest token is the same; "kl", the mean of
+    KL(full || compressed) in nats, see `divergence`; costs.
+    """
+
+    def __init__(self, llm: Any, config: RunConfig):
+        self._llm, self._config = llm, config
+        self._full: dict[int, tuple[list[Distribution], Any]] = {}
+        self._targets: dict[int, list[int]] = {}
+
+    def prepare(self, samples: Sequence[Sample]) -> None:
+        """Predicts the targets with the full cache."""
+        self._targets = {id(sample): self._target(sample) for sample in samples}
+        cell = Cell(choice=MethodChoice(label=FULL_CACHE, method=FULL_CACHE), retention=1.0)
+        self._full = {id(sample): result for sample, result in zip(samples, self._predict(samples, cell), strict=True)}
+
+    def measure(self, samples: Sequence[Sample], cell: Cell) -> list[Record]:
+        full = [self._full[id(sample)] for sample in samples]
+        results = full if cell.choice.label == FULL_CACHE else self._predict(samples, cell)
+        return [
+            compare(before, rows, self._targets[id(sample)]) | costs(sequence)
+            for sample, (before, _), (rows, sequence) in zip(samples, full, results, strict=True)
+        ]
+
+    def _target(self, sample: Sample) -> list[int]:
+        text = sample.answers[0] if not sample.chat else " " + ", ".join(sample.answers)
+        return self._llm.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _predict(self, samples: Sequence[Sample], cell: Cell) -> list[tuple[list[Distribution], Any]]:
+        prompts = [prompt_of(self._llm.tokenizer, sample, self._config.query_aware) for sample in samples]
+        targets = [self._targets[id(sample)] for sample in samples]
+        sequences = self._llm.generate(
+            [prompt.token_ids + target for prompt, target in zip(prompts, targets, strict=True)],
+            SamplingParams(temperature=0, max_new_tokens=1, prompt_logprobs=TOP_TOKENS),
+            batch_params(self._config),
+            [cell.params(self._config, prompt.context_end) for prompt in prompts],
+            return_sequences=True,
+        )
+        check_finished(sequences)
+        return [(s.prompt_logprobs[-len(t) :], s) for s, t in zip(sequences, targets, strict=True)]
+
+
+def compare(full: Sequence[Distribution], own: Sequence[Distribution], target: Sequence[int]) -> Record:
+    """The measures of one target from the distributions before each of its tokens.
+
+    Every distribution has the target's token among its entries.
+    """
+    nll_full = -fmean(row[token] for row, token in zip(full, target, strict=True))
+    nll = -fmean(row[token] for row, token in zip(own, target, strict=True))
+    pairs = list(zip(full, own, strict=True))
+    return {
+        "nll": nll,
+        "nll_full": nll_full,
+        "nll_ratio": nll_full / nll if nll > 0 else 1.0,
+        "top1": fmean(max(a, key=a.__getitem__) == max(b, key=b.__getitem__) for a, b in pairs),
+        "kl": fmean(divergence(a, b) for a, b in pairs),
+        "target_tokens": len(target),
+    }
+
+
+def divergence(p: Distribution, q: Distribution) -> float:
+    """A lower bound of KL(p || q) in nats: that of the distributions in which all tokens that only one of them lists,
+    or neither, are one event.
+
+    It is 0 for equal distributions, and grows towards the divergence with the number of listed tokens.
+    """
+    shared = p.keys() & q.keys()
+    rest_p = max(1 - math.fsum(math.exp(p[token]) for token in shared), 0.0)
+    rest_q = max(1 - math.fsum(math.exp(q[token]) for token in shared), 1e-12)
+    total = math.fsum(math.exp(p[token]) * (p[token] - q[token]) for token in shared)
+    if rest_p > 1e-12:
+        total += rest_p * math.log(rest_p / rest_q)
+    return max(total, 0.0)

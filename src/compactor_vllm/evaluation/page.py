@@ -1,0 +1,84 @@
+"""The report of some runs as a directory: one HTML page, its figures, and the tables as Markdown."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from itertools import chain, repeat
+from pathlib import Path
+
+from compactor_vllm.evaluation import plots
+from compactor_vllm.evaluation.report import SCORE, Results, Table, markdown, tables
+from compactor_vllm.evaluation.run_directory import RunDirectory
+
+PAGE, TABLES = "index.html", "tables.md"
+_STYLE = (
+    "body{font-family:sans-serif;max-width:72em;margin:2em auto;padding:0 1em;color:#222}"
+    "table{border-collapse:collapse;margin:1em 0;font-size:.9em}td,th{border:1px solid #ccc;padding:.3em .6em;"
+    "text-align:right}td:first-child,th:first-child{text-align:left}img{max-width:100%}"
+    ".wide{overflow-x:auto}small{color:#666}"
+)
+
+
+def write_report(runs: Sequence[RunDirectory], directory: Path, base: str | None = None) -> Path:
+    """Writes index.html, tables.md and the figures as PNG and SVG; returns the page.
+
+    Args:
+        base: the method that others are compared with; None takes compactor, or the first method.
+
+    Raises:
+        InvalidInputError: the runs do not belong together, have no predictions, or lack `base`.
+        MissingDependencyError: matplotlib is not installed.
+    """
+    results = Results(runs)
+    sections = tables(results, base)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / TABLES).write_text(
+        "\n\n".join(f"## {title}\n\n{markdown(table)}" for title, table in sections) + "\n", encoding="utf-8"
+    )
+    figures = _draw(results, directory)
+    page = directory / PAGE
+    page.write_text(_html(results, figures, sections), encoding="utf-8")
+    return page
+
+
+def _draw(results: Results, directory: Path) -> list[tuple[str, str]]:
+    """Titles and file names of the figures."""
+    figures = []
+    for number, measure in enumerate(results.measures):
+        drawn = {
+            f"{measure.name} over retention": plots.quality_over_retention(results, measure),
+            f"{measure.name} over the size of the cache": plots.quality_over_bytes(results, measure),
+        }
+        for kind, (title, figure) in zip(("retention", "bytes"), drawn.items(), strict=True):
+            if figure is not None and results.methods:
+                figures.append((title, plots.save(figure, directory, f"{kind}-{number}")))
+    heat = plots.heat_maps(results) if SCORE in results.measures else None
+    if heat is not None:
+        figures.append(("Score by length and depth of the needle", plots.save(heat, directory, "depth")))
+    return figures
+
+
+def _html(results: Results, figures: Sequence[tuple[str, str]], sections: Sequence[tuple[str, Table]]) -> str:
+    title = html.escape(f"{', '.join(results.suites)}: {', '.join(results.models)}")
+    parts = [f"<h1>{title}</h1>", "<p>Bands and ± are 95 % intervals of a bootstrap over samples, inside of tasks.</p>"]
+    if results.substitutes:
+        listed = "; ".join(f"{task}: {text}" for task, text in sorted(results.substitutes.items()))
+        parts.append(f"<p><small>* not the original data. {html.escape(listed)}</small></p>")
+    for caption, file in figures:
+        name = html.escape(file)
+        svg = html.escape(Path(file).with_suffix(".svg").name)
+        text = html.escape(caption)
+        parts.append(f'<h2>{text}</h2><p><a href="{svg}"><img src="{name}" alt="{text}"></a></p>')
+    for heading, table in sections:
+        parts.append(f'<h2>{html.escape(heading)}</h2><div class="wide">{_html_table(table)}</div>')
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
+    return f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+
+
+def _html_table(table: Table) -> str:
+    rows = [
+        "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in row)
+        for row, tag in zip(table, chain(["th"], repeat("td")), strict=False)
+    ]
+    return "<table>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"

@@ -1,0 +1,1 @@
+"""An HTTP server with OpenAI's interface, in which compression is a parameter of a request."""

@@ -1,0 +1,306 @@
+"""Runs: their directory, the grid, records, label-free measures, and the command with a tiny model."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from compactor_vllm.cli.main import main
+from compactor_vllm.cli.many_values import repeated
+from compactor_vllm.errors import CompactorError, InvalidInputError
+from compactor_vllm.evaluation.label_free import compare, continuation_sample, divergence
+from compactor_vllm.evaluation.run_config import MethodChoice, RunConfig
+from compactor_vllm.evaluation.run_directory import RunDirectory, cell_measures, metrics
+from compactor_vllm.evaluation.runner import Answers, TaskSource, prompt_of, run_grid
+from compactor_vllm.evaluation.tasks.sample import Sample
+
+CONFIG = RunConfig(
+    suite="ruler", model="org/tiny", methods=["keydiff"], retentions=[1, 0.5], tasks=["t"], lengths=[64], samples=4
+)
+
+
+class Letters:
+    """A token a character; the chat template is brackets."""
+
+    chat_template = "letters"
+
+    def __call__(self, text: str, add_special_tokens: bool = True, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [0] * add_special_tokens + [ord(c) for c in text]}
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> str:
+        return f"<{messages[0]['content']}>A:"
+
+
+class Engine:
+    """Answers every prompt with `reply(text, ratio)` and remembers the calls."""
+
+    def __init__(self, reply=lambda text, ratio: "42") -> None:
+        self.reply, self.tokenizer, self.calls = reply, Letters(), []
+
+    def generate(self, prompts, sampling, batch, compressions, return_sequences: bool) -> list[SimpleNamespace]:
+        self.calls.append((prompts, sampling, batch, compressions))
+        texts = ["".join(map(chr, prompt)) for prompt in prompts]
+        return [
+            SimpleNamespace(
+                text=self.reply(text, c.compression_ratio),
+                finish_reason="stop",
+                error=None,
+                prompt_token_ids=prompt,
+                output_token_ids=[1, 2],
+                kept_fraction=c.compression_ratio,
+                kv_bytes=int(1000 * c.compression_ratio),
+                kv_bytes_full=1000,
+            )
+            for text, prompt, c in zip(texts, prompts, compressions, strict=True)
+        ]
+
+
+def sample(index: int) -> Sample:
+    return Sample("t", f"context {index} ", "question? ", "answer:", ["42"], 8, depth=index / 3)
+
+
+def source(count: int = 4) -> TaskSource:
+    return TaskSource(task="t", length=64, count=count, make=sample)
+
+
+CELLS = CONFIG.cells([MethodChoice.parse("keydiff")])
+
+
+# ---- configuration ------------------------------------------------------------------------------------------------
+
+
+def test_methods_are_parsed_with_their_options() -> None:
+    assert MethodChoice.parse("snapkv") == MethodChoice(label="snapkv", method="snapkv")
+    choice = MethodChoice.parse("dir/my file.py:Mine[window=64, pool_kind=max,flag=True]")
+    assert choice.method == "dir/my file.py:Mine" and choice.options == {"window": 64, "pool_kind": "max", "flag": True}
+    for wrong in ("a[b", "a[b]", "a[1=2]", "[x=1]", ""):
+        with pytest.raises(InvalidInputError):
+            MethodChoice.parse(wrong)
+    with pytest.raises(InvalidInputError, match="no option 'windw'"):
+        MethodChoice.parse("snapkv[windw=3]").resolve()
+
+
+def test_the_full_cache_is_one_cell() -> None:
+    config = replace(CONFIG, retentions=[0.25, 1.0, 0.5])
+    cells = config.cells([MethodChoice.parse(m) for m in ("none", "keydiff", "knorm")])
+    grid = [(cell.choice.label, cell.retention) for cell in cells]
+    assert grid == [("none", 1.0), ("keydiff", 0.5), ("keydiff", 0.25), ("knorm", 0.5), ("knorm", 0.25)]
+    for wrong in ({"samples": 0}, {"retentions": [0.0]}, {"retentions": [1.1]}):
+        with pytest.raises(InvalidInputError):
+            replace(CONFIG, **wrong)
+
+
+def test_the_question_follows_the_context_or_belongs_to_it() -> None:
+    for aware, context in ((False, "<context 1 "), (True, "<context 1 question? ")):
+        prompt = prompt_of(Letters(), sample(1), aware)
+        text = "".join(map(chr, prompt.token_ids))
+        assert text == "<context 1 question? >A:answer:" and text[: prompt.context_end] == context
+        raw = prompt_of(Letters(), replace(sample(1), chat=False), aware)
+        assert raw.token_ids[0] == 0 and raw.context_end == len(context)
+        assert "".join(map(chr, raw.token_ids[1:])) == "context 1 question? answer:"
+
+
+def test_values_may_follow_one_option() -> None:
+    given = ["--ratio", "1", "0.5", "--out", "x", "y", "--task=a", "b", "-m", "z", "--ratio", "0.1"]
+    assert repeated(given, {"--ratio", "--task"}) == [
+        *("--ratio", "1", "--ratio", "0.5", "--out", "x", "y", "--task=a", "b", "-m", "z", "--ratio", "0.1")
+    ]
+    assert repeated(["--ratio", "1", "--", "2"], {"--ratio"}) == ["--ratio", "1", "--", "2"]
+
+
+# ---- the directory and the grid -----------------------------------------------------------------------------------
+
+
+def test_a_grid_is_measured_once(tmp_path: Path) -> None:
+    llm = Engine(lambda text, ratio: "It is 42" if ratio == 1 or "context 3" in text else "no")
+    run_grid([source()], CELLS, Answers(llm, CONFIG), RunDirectory.create(tmp_path / "run", CONFIG), batch_size=3)
+    assert [len(prompts) for prompts, *_ in llm.calls] == [3, 3, 1, 1]
+    prompts, sampling, batch, compressions = llm.calls[1]
+    assert "".join(map(chr, prompts[2])) == "<context 2 question? >A:answer:"
+    assert sampling[0].greedy and sampling[0].max_new_tokens == 8 and batch.compression_type == "layer"
+    assert compressions[0].compression_method == "keydiff" and compressions[0].context_end == len("<context 0 ")
+    result = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert [(c["method"], c["retention"], c["string_match"]) for c in result["cells"]] == [
+        *(("keydiff", 0.5, 25.0), ("none", 1.0, 100.0))
+    ]
+    assert result["cells"][0]["kv_bytes"] == 500 and result["cells"][0]["samples"] == 4
+    assert result["kvpress"] == {
+        "ruler__64__org--tiny__no_press__0": {"t": {"string_match": 100.0}},
+        "ruler__64__org--tiny__keydiff__0.5": {"t": {"string_match": 25.0}},
+    }
+    again = RunDirectory.create(tmp_path / "run", replace(CONFIG, methods=["knorm"], samples=5))
+    assert again.config["methods"] == ["keydiff", "knorm"] and again.config["samples"] == 5
+    run_grid([source(5)], CELLS, Answers(llm, CONFIG), again, batch_size=3)
+    assert [len(prompts) for prompts, *_ in llm.calls[4:]] == [1, 1]
+    record = again.records["t", 64, 1, "none", 1.0]
+    assert record["depth"] == 0.3333 and record["prediction"] == "It is 42" and record["answers"] == ["42"]
+
+
+def test_a_broken_line_is_cut_off_and_measured_again(tmp_path: Path) -> None:
+    llm = Engine()
+    run_grid([source(2)], CELLS[:1], Answers(llm, CONFIG), RunDirectory.create(tmp_path, CONFIG))
+    file = tmp_path / "predictions.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-20])
+    directory = RunDirectory.create(tmp_path, CONFIG)
+    assert len(directory.records) == 1 and file.read_bytes() == whole.splitlines(keepends=True)[0]
+    run_grid([source(2)], CELLS[:1], Answers(llm, CONFIG), directory)
+    assert len(RunDirectory.load(tmp_path).records) == 2 and len(file.read_text().splitlines()) == 2
+
+
+def test_a_directory_holds_one_run(tmp_path: Path) -> None:
+    RunDirectory.create(tmp_path / "run", CONFIG)
+    with pytest.raises(InvalidInputError, match=r"holds a run with seed=0, not 1; choose another --out"):
+        RunDirectory.create(tmp_path / "run", replace(CONFIG, seed=1))
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InvalidInputError, match="is not empty and holds no run"):
+        RunDirectory.create(tmp_path, CONFIG)
+    with pytest.raises(InvalidInputError, match=r"holds no run: it has no config\.json"):
+        RunDirectory.load(tmp_path)
+
+
+def test_a_failed_answer_ends_the_run_and_keeps_what_was_done(tmp_path: Path) -> None:
+    llm, directory = Engine(), RunDirectory.create(tmp_path, CONFIG)
+    answer = llm.generate
+
+    def fails(*args: Any, **more: Any) -> list[SimpleNamespace]:
+        sequences = answer(*args, **more)
+        if len(llm.calls) > 1:
+            sequences[0].finish_reason, sequences[0].error = "error", "no pages"
+        return sequences
+
+    llm.generate = fails  # type: ignore[method-assign]
+    with pytest.raises(CompactorError, match="could not be finished: no pages"):
+        run_grid([source()], CELLS, Answers(llm, CONFIG), directory, batch_size=2)
+    assert len(RunDirectory.load(tmp_path).records) == 2
+
+
+def test_measures_of_groups() -> None:
+    rows = [
+        {"score": score, "metric": "choice", "groups": {"difficulty": level}}
+        for score, level in ((1, "easy"), (0, "hard"), (1, "hard"))
+    ]
+    assert cell_measures(rows) == {"choice": 66.67, "choice_easy": 100.0, "choice_hard": 50.0}
+    assert metrics({}, []) == {"cells": [], "kvpress": {}}
+
+
+# ---- label-free ---------------------------------------------------------------------------------------------------
+
+
+def test_label_free_measures_by_hand() -> None:
+    log = math.log
+    full = [{1: log(0.5), 2: log(0.25)}, {3: log(0.8), 4: log(0.1)}]
+    own = [{2: log(0.5), 1: log(0.25)}, {3: log(0.4), 5: log(0.3)}]
+    result = compare(full, own, [1, 3])
+    assert result["nll_full"] == pytest.approx(-(log(0.5) + log(0.8)) / 2)
+    assert result["nll"] == pytest.approx(-(log(0.25) + log(0.4)) / 2)
+    assert result["nll_ratio"] == pytest.approx(result["nll_full"] / result["nll"]) and result["top1"] == 0.5
+    first = 0.5 * log(0.5 / 0.25) + 0.25 * log(0.25 / 0.5)  # both leave 0.25 for the rest
+    second = 0.8 * log(0.8 / 0.4) + 0.2 * log(0.2 / 0.6)  # only token 3 is in both
+    assert result["kl"] == pytest.approx((first + second) / 2)
+    same = compare(full, full, [1, 3])
+    assert (same["nll_ratio"], same["top1"], same["kl"]) == (1.0, 1.0, 0.0)
+
+
+def test_the_divergence_is_a_lower_bound_that_listing_more_tokens_raises() -> None:
+    p, q = [0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]
+    exact = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+    bounds = []
+    for listed in range(1, 5):
+        first, second = ({t: math.log(x[t]) for t in range(listed)} for x in (p, q))
+        bounds.append(divergence(first, second))
+    assert bounds == sorted(bounds) and bounds[-1] == pytest.approx(exact) and bounds[0] > 0
+
+
+def test_continuations(tokenizer) -> None:
+    one = continuation_sample(tokenizer, length=300, target=40, seed=1)
+    text = one.context + one.answers[0]
+    assert len(tokenizer.encode(text, add_special_tokens=False)) == pytest.approx(300, abs=2)
+    assert one == continuation_sample(tokenizer, length=300, target=40, seed=1)
+    assert one != continuation_sample(tokenizer, length=300, target=40, seed=2) and not one.chat
+    mine = continuation_sample(tokenizer, length=60, target=10, text=["The grass is green.", "The sky is blue."])
+    assert "The grass is green. The sky is blue. The grass" in mine.context and "Ada" not in mine.context
+    with pytest.raises(InvalidInputError, match="must be more than the 64 tokens"):
+        continuation_sample(tokenizer, length=64)
+
+
+# ---- the command, with an engine ----------------------------------------------------------------------------------
+
+
+def call(capsys, *arguments: object) -> tuple[int, str, str]:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        main(["eval", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return int(exit_.value.code or 0), captured.out, captured.err
+
+
+MINE = """
+from dataclasses import dataclass
+from compactor_vllm.compression import BaseCompressionMethod
+
+@dataclass(frozen=True, kw_only=True)
+class Mine(BaseCompressionMethod):
+    sign: float = 1.0
+
+    def post_rope_scoring(self, q, k, v, early, context):
+        return self.sign * context.positions_T.float()[:, None].expand(k.shape[:2]).contiguous()
+"""
+
+
+def test_ruler_with_a_method_of_ones_own(tiny_checkpoint: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    out, mine = tmp_path / "run", f"{tmp_path}/mine.py:Mine[sign=-1]"
+    arguments = ["ruler", "--model", tiny_checkpoint, "--device", "cpu", "--task", "fwe", "niah_multikey_1"]
+    arguments += ["--length", 1100, "--samples", 1, "--max-new-tokens", 4, "--out", out]
+    code, printed, _ = call(capsys, *arguments, "--method", "expected_attention", mine, "--discard", 0, 0.75, "--json")
+    assert code == 0
+    cells = json.loads(printed)["cells"]
+    assert {(c["task"], c["method"], c["retention"]) for c in cells} == {
+        (task, method, kept)
+        for task in ("fwe", "niah_multikey_1")
+        for method, kept in (("none", 1.0), ("expected_attention", 0.25), (mine, 0.25))
+    }
+    assert all(c["kept_fraction"] < 0.5 for c in cells if c["retention"] < 1)
+    config = json.loads((out / "config.json").read_text())
+    assert config["substitutes"] == {"niah_multikey_1": "made-up prose instead of essays"}
+    assert config["environment"]["engine"]["device"] == "cpu" and config["retentions"] == [1.0, 0.25]
+    code, printed, errors = call(capsys, *arguments, "--method", "expected_attention", "--ratio", 1, 0.25)
+    assert code == 0 and "| kept | 100 % | 25 % |" in printed and "made-up prose" in errors
+    assert len((out / "predictions.jsonl").read_text().splitlines()) == 6  # nothing was computed again
+
+
+def test_label_free_of_the_full_cache_is_no_change(tiny_checkpoint: Path, tmp_path: Path, capsys) -> None:
+    arguments = ["label-free", "--model", tiny_checkpoint, "--device", "cpu", "--task", "continuation", "vt"]
+    arguments += ["--length", 1200, "--samples", 1, "--target", 24, "--protected-last", 0]
+    code, printed, _ = call(capsys, *arguments, "--ratio", 1, 0.1, "--out", tmp_path / "run", "--json")
+    assert code == 0
+    cells = json.loads(printed)["cells"]
+    full = [c for c in cells if c["method"] == "none"]
+    assert [c["nll_ratio"] for c in full] == [1.0, 1.0] and all(c["top1_agreement"] == 100 for c in full)
+    assert all(c["kl"] == 0 for c in full)
+    rest = [c for c in cells if c["method"] == "compactor"]
+    assert len(rest) == 2 and all(c["kl"] > 0 and c["nll"] != f["nll"] for c, f in zip(rest, full, strict=True))
+
+
+def test_wrong_options_are_said_in_one_line(tiny_checkpoint: Path, tmp_path: Path, capsys) -> None:
+    model = ["--model", tiny_checkpoint, "--device", "cpu", "--out", tmp_path / "run"]
+    for arguments, message in [
+        (["ruler", "--ratio", "0.5", "--discard", "0.5"], "give one of them"),
+        (["ruler", "--ratio", "0"], "--ratio must lie in (0, 1]"),
+        (["ruler", "--depths", "3"], "--depths has no effect on ruler; it is an option of needle"),
+        (["longbench", "--length", "100"], "--length has no effect on longbench"),
+        (["ruler", "--method", "compacter", *model], "Did you mean 'compactor'"),
+        (["ruler", "--task", "niah", *model], "unknown task 'niah'"),
+        (["longbench", *model], "--data DIR with its NAME.jsonl"),
+        (["report", tmp_path], "holds no run"),
+    ]:
+        code, _, errors = call(capsys, *arguments)
+        assert code == 2 and message in " ".join(errors.split()), errors
+    assert not (tmp_path / "run").exists()
