@@ -139,10 +139,11 @@ def show(run: dict[str, Any]) -> None:
         console.print(f"  {count} x {error}", markup=False)
     columns = ["mean", *(f"p{percent}" for percent in PERCENTILES), "max"]
     table = Table("", *columns)
+    table.columns[0].no_wrap = True
     names = {
-        "ttft": "time to first token",
+        "ttft": "first token",
         "itl": "between tokens",
-        "tpot": "per token after the first",
+        "tpot": "per token",
         "e2e": "whole request",
     }
     for key, name in names.items():

@@ -1,4 +1,4 @@
-"""The page itself: three files put into one, so that it is one request, and a policy that lets nothing else in."""
+"""The page itself: its files put into one, so that it is one request, and a policy that lets nothing else in."""
 
 from __future__ import annotations
 
