@@ -158,6 +158,19 @@ def test_pointing_at_a_token_tells_the_number(page: Page, tiny: Live) -> None:
     assert page.locator("#token-5").get_attribute("title").endswith(f"kept by {counts[5]} of 6")
 
 
+def test_a_resting_pointer_does_not_disturb_the_keyboard(page: Page, tiny: Live) -> None:
+    page.set_viewport_size({"width": 1200, "height": 600})
+    open_page(page, tiny)
+    fill(page, document="Nothing of note was entered.\n" * 60)
+    ask(page)
+    page.mouse.move(60, 300)
+    page.locator("#tokens").focus()  # scrolls the page under the pointer, and End the text
+    for key, token in (("End", 29 * 60), ("Home", 0), ("End", 29 * 60)):
+        page.keyboard.press(key)
+        page.wait_for_timeout(200)
+        expect(page.locator("#tokens")).to_have_attribute("aria-activedescendant", f"token-{token}")
+
+
 def tab_to(page: Page, name: str) -> None:
     for _ in range(30):
         page.keyboard.press("Tab")

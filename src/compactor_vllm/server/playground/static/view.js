@@ -12,10 +12,11 @@ class KeptView {
     this.head.addEventListener("change", () => this.#shade());
     this.tokens.addEventListener("keydown", (event) => this.#onKey(event));
     this.tokens.addEventListener("focus", () => { if (this.current < 0) this.#move(0); });
-    for (const kind of ["pointerover", "click"]) {
+    // Not "pointerover": that comes, too, when the arrow keys scroll the text under a pointer that rests.
+    for (const kind of ["pointermove", "click"]) {
       this.tokens.addEventListener(kind, (event) => {
         const index = Number(event.target.dataset.index ?? -1);
-        if (index >= 0) this.#move(index, false);
+        if (index >= 0 && index !== this.current) this.#move(index, false);
       });
     }
   }
