@@ -268,6 +268,11 @@ class AsyncLLM:
         """Token ids lie below it."""
         return self._loaded_llm().spec.vocab_size
 
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        return tuple(self._loaded_llm().spec.eos_token_ids)
+
     def close(self, timeout: float | None = None) -> None:
         """Ends what runs and frees weights and cache. Calling it again does nothing.
 

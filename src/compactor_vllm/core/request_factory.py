@@ -98,6 +98,7 @@ class RequestFactory:
                     sampling_params=params,
                     compression_params=sequence.compression_params,
                     batch_compression_params=sequence.batch_compression_params,
+                    make_constraint=sequence.make_constraint,
                     context=sequence.context,
                     cached_tokens=sequence.cached_tokens,
                 )
@@ -113,7 +114,7 @@ class RequestFactory:
                     stop_ids=frozenset([*eos, *params.stop_token_ids]),
                     max_tokens=min(length + params.max_new_tokens, self.max_model_len),
                     detokenizer=self._detokenizer(sequence),
-                    counts=TokenCounts(sequence.prompt_token_ids) if has_penalties(params) else None,
+                    counts=_counts(sequence),
                     completion=completion,
                     context=() if sequence.context is None else sequence.context.segments,
                     prefix_key=prefix_key,
@@ -149,3 +150,11 @@ class RequestFactory:
                 f"this request needs up to {needed} pages and the pool has {total}; lower max_new_tokens or "
                 "compression_ratio, or raise kv_cache_memory_bytes / gpu_memory_utilization"
             )
+
+
+def _counts(sequence: Sequence) -> TokenCounts | None:
+    """What penalties and constraint of one completion look at, if it has either."""
+    make, penalties = sequence.make_constraint, has_penalties(sequence.sampling_params)
+    if make is None and not penalties:
+        return None
+    return TokenCounts(sequence.prompt_token_ids if penalties else (), constraint=None if make is None else make())

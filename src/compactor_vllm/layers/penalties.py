@@ -1,4 +1,4 @@
-"""Presence, frequency and repetition penalties of a batch's logits.
+"""Presence, frequency and repetition penalties of a batch's logits, and constraints on what may come next.
 
 Shape legend: B rows of the batch, P rows with penalties, V vocabulary, N (row, token) pairs.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,22 +26,41 @@ def _has_output_penalties(params: SamplingParams) -> bool:
     return params.presence_penalty != 0 or params.frequency_penalty != 0
 
 
+class TokenConstraint(Protocol):
+    """What a request's output must be."""
+
+    def push(self, token_ids: Sequence[int]) -> None:
+        """Notes further tokens of the output."""
+
+    def allowed(self) -> np.ndarray:
+        """Which tokens may come next: bool, one entry a token; tokens beyond its end may not."""
+
+
 class TokenCounts:
-    """The tokens that a request's penalties look at, kept up to date as it runs.
+    """What a request's penalties and its constraint look at, kept up to date as it runs.
 
     Attributes:
         output_counts: occurrences of each token of the output.
+        constraint: on what may come next, or None.
     """
 
-    def __init__(self, prompt_token_ids: Sequence[int] = (), output_token_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        prompt_token_ids: Sequence[int] = (),
+        output_token_ids: Sequence[int] = (),
+        constraint: TokenConstraint | None = None,
+    ) -> None:
         self._prompt_ids = np.unique(np.asarray(prompt_token_ids, dtype=np.int64))
         self.output_counts: dict[int, int] = {}
+        self.constraint = constraint
         self.push(output_token_ids)
 
     def push(self, token_ids: Sequence[int]) -> None:
         """Counts further tokens of the output."""
         for token in token_ids:
             self.output_counts[token] = self.output_counts.get(token, 0) + 1
+        if self.constraint is not None:
+            self.constraint.push(token_ids)
 
     def seen_ids(self) -> np.ndarray:
         """Tokens of prompt and output, int64; a token may occur twice."""
@@ -101,3 +121,32 @@ class Penalties:
         limit = torch.finfo(torch.float32).max
         y_PV = torch.where(x_PV.isfinite(), y_PV.clamp(-limit, limit), x_PV)
         return logits_BV.index_copy(0, self.rows_P, y_PV)
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Rows with a constraint (R of them), and the tokens that each may take, as far as the longest list goes."""
+
+    rows_R: Tensor
+    allowed_RN: Tensor
+
+    @staticmethod
+    def build(counts: Sequence[TokenCounts | None], device: torch.device) -> Masks | None:
+        found = [
+            (b, c.constraint.allowed()) for b, c in enumerate(counts) if c is not None and c.constraint is not None
+        ]
+        if not found:
+            return None
+        allowed_RN = np.zeros((len(found), max(len(row) for _, row in found)), dtype=bool)
+        for place, (_, row) in enumerate(found):
+            allowed_RN[place, : len(row)] = row
+        rows_R = torch.tensor([b for b, _ in found], device=device)
+        return Masks(rows_R, torch.from_numpy(allowed_RN).to(device))
+
+    def apply(self, logits_BV: Tensor) -> Tensor:
+        """A copy of float32 `logits_BV` in which tokens that may not come have -inf."""
+        x_RV = logits_BV[self.rows_R]
+        width = min(self.allowed_RN.shape[1], x_RV.shape[1])
+        y_RV = torch.full_like(x_RV, -torch.inf)
+        y_RV[:, :width] = x_RV[:, :width].masked_fill(~self.allowed_RN[:, :width], -torch.inf)
+        return logits_BV.index_copy(0, self.rows_R, torch.where(x_RV.isnan(), x_RV, y_RV))

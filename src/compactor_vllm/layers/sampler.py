@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compactor_vllm.config.sampling_params import SamplingParams
 from compactor_vllm.errors import InvalidInputError
-from compactor_vllm.layers.penalties import Penalties, TokenCounts
+from compactor_vllm.layers.penalties import Masks, Penalties, TokenCounts
 
 WEIGHT_SUM_BITS = 62
 """The integer weights of a row add up to at most two to this power."""
@@ -78,12 +78,14 @@ class SamplingBatch:
         draws: the rows with a temperature, in up to three groups.
         penalties: the rows with penalties, or None.
         logprob_rows: rows that report log-probabilities, with the number of top tokens of each.
+        masks: the rows with constraints, or None.
     """
 
     num_rows: int
     draws: tuple[Draws, ...]
     penalties: Penalties | None
     logprob_rows: tuple[tuple[int, int], ...]
+    masks: Masks | None = None
 
     @staticmethod
     def build(
@@ -97,7 +99,7 @@ class SamplingBatch:
         Args:
             params: one per row.
             uniforms: one number in [0, 1) per row, see `uniform`; greedy rows ignore theirs. None if all are greedy.
-            counts: per row, what its penalties look at; None for rows without penalties, or for all.
+            counts: per row, what its penalties and its constraint look at; None for rows without, or for all.
 
         Raises:
             InvalidInputError: lengths differ, a number lies outside [0, 1), or something needed is missing.
@@ -121,6 +123,7 @@ class SamplingBatch:
             tuple(_build_draws(rows, name, device) for name, rows in sorted(groups.items())),
             Penalties.build(params, counts, device),
             tuple((b, p.logprobs) for b, p in enumerate(params) if p.logprobs is not None),
+            Masks.build(counts, device),
         )
 
 
@@ -171,8 +174,9 @@ class SampleOutput:
 def sample(logits_BV: Tensor, batch: SamplingBatch) -> SampleOutput:
     """Draws one token per row.
 
-    Order per row: penalties, then greedy: the largest logit, ties to the lower id. Else temperature, min_p, top_k
-    (exactly k, ties to the lower id), top_p on what is left (renormalised; the token that crosses is kept), draw.
+    Order per row: penalties, constraint, then greedy: the largest logit, ties to the lower id. Else temperature,
+    min_p, top_k (exactly k, ties to the lower id), top_p on what is left (renormalised; the token that crosses is
+    kept), draw.
     The tokens of a row do not depend on the other rows. Waits for the device only if a row reports log-probabilities.
 
     Args:
@@ -186,6 +190,7 @@ def sample(logits_BV: Tensor, batch: SamplingBatch) -> SampleOutput:
         raise InvalidInputError(f"logits of shape {tuple(logits_BV.shape)} do not fit a batch of {batch.num_rows} rows")
     raw_BV = logits_BV.float()
     x_BV = raw_BV if batch.penalties is None else batch.penalties.apply(raw_BV)
+    x_BV = x_BV if batch.masks is None else batch.masks.apply(x_BV)
     token_ids_B = x_BV.argmax(dim=1)
     max_B = x_BV.gather(1, token_ids_B[:, None]).squeeze(1)
     for draws in batch.draws:

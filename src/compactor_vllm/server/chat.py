@@ -60,6 +60,7 @@ class Chat:
                 request.compression, state.settings.defaults, state.method, state.engine.max_model_len
             ),
             template_kwargs=template_kwargs(request.chat_template_kwargs, tools),
+            schema=request.schema_of_answer,
         )
 
     async def response(self, job: Job) -> ChatResponse:

@@ -27,12 +27,14 @@ class Work:
         prompts: each a text, token ids or a conversation.
         sampling, compression: for all of them.
         template_kwargs: for the chat template.
+        schema: JSON schema that the answers must follow; None for any text.
     """
 
     prompts: Sequence[Any]
     sampling: SamplingParams
     compression: Compression
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+    schema: dict[str, Any] | None = None
 
 
 class Job:
@@ -83,6 +85,8 @@ class Job:
             sequence = await self.state.engine.prepare(
                 prompt, work.sampling, work.compression.batch, work.compression.sequence, work.template_kwargs
             )
+            if work.schema is not None:
+                sequence.make_constraint = await asyncio.to_thread(self.state.guide.constraint, work.schema)
             sequence.cache_salt = self.log.get("key", "")  # clients with different keys share no cached prefix
             if limit is not None and len(sequence.prompt_token_ids) > limit:
                 count = len(sequence.prompt_token_ids)

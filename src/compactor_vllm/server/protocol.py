@@ -186,11 +186,38 @@ class Tool(ApiModel):
     function: FunctionDefinition
 
 
+class TextFormat(ApiModel):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(ApiModel):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class JsonSchema(ApiModel):
+    """A JSON schema; `name`, `description` and `strict` are without effect: the answer always follows it."""
+
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+    schema_: dict[str, JsonValue] = Field(alias="schema")
+
+
+class JsonSchemaFormat(ApiModel):
+    """JSON of a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
     UNSUPPORTED = {
-        "response_format": (None, {"type": "text"}),
         "logit_bias": (None, {}),
         "functions": (None, []),
         "function_call": (None, "none"),
@@ -206,6 +233,9 @@ class ChatRequest(GenerationRequest):
     }
 
     messages: list[ChatMessage] = Field(min_length=1)
+    response_format: Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")] | None = (
+        None
+    )
     max_tokens: PositiveInt | None = None
     max_completion_tokens: PositiveInt | None = None
     logprobs: bool | None = None
@@ -216,6 +246,13 @@ class ChatRequest(GenerationRequest):
     metadata: dict[str, str] | None = Field(default=None, description="without effect")
     safety_identifier: str | None = Field(default=None, description="without effect")
     prompt_cache_key: str | None = Field(default=None, description="without effect")
+
+    @property
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer must follow."""
+        if isinstance(self.response_format, JsonSchemaFormat):
+            return self.response_format.json_schema.schema_
+        return {"type": "object"} if isinstance(self.response_format, JsonObjectFormat) else None
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> ChatRequest:

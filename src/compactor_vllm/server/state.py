@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from compactor_vllm.core.async_llm import AsyncLLM
 from compactor_vllm.server.errors import ApiError
+from compactor_vllm.server.guided import Guide
 from compactor_vllm.server.metrics import Metrics
 from compactor_vllm.server.parameters import default_method
 from compactor_vllm.server.settings import ServerSettings
@@ -85,6 +86,7 @@ class ServerState:
         self.draining = False
         self.created = int(time.time())
         self._texts: TokenTexts | None = None
+        self._guide: Guide | None = None
 
     @property
     def texts(self) -> TokenTexts:
@@ -92,6 +94,13 @@ class ServerState:
         if self._texts is None:
             self._texts = TokenTexts(self.engine.tokenizer)
         return self._texts
+
+    @property
+    def guide(self) -> Guide:
+        """Constraints of answers."""
+        if self._guide is None:
+            self._guide = Guide(self.engine.tokenizer, self.engine.vocab_size, self.engine.eos_token_ids)
+        return self._guide
 
     def status(self) -> tuple[Status, str | None]:
         """Whether the engine answers, and why not."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
@@ -29,6 +30,7 @@ class Sequence:
     Attributes:
         prompt_token_ids: the prompt.
         sampling_params, compression_params, batch_compression_params: what was asked; never changed.
+        make_constraint: makes the `TokenConstraint` of one completion (see layers/penalties.py); None for no limits.
         cache_salt: prompts share cached prefixes only with prompts of the same salt.
         context: the `Context` that the prompt begins with, or None; its tokens are the first ones of the prompt.
 
@@ -51,6 +53,7 @@ class Sequence:
     sampling_params: SamplingParams = field(default_factory=SamplingParams)
     compression_params: SequenceCompressionParams = field(default_factory=SequenceCompressionParams)
     batch_compression_params: BatchCompressionParams = field(default_factory=BatchCompressionParams)
+    make_constraint: Callable[[], Any] | None = None
     cache_salt: str = ""
     context: Any = None
     output_token_ids: list[int] = field(default_factory=list)
