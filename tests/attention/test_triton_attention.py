@@ -18,7 +18,6 @@ from tests.conftest import poisoned
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from compactor_vllm.attention.dispatch import choose_prefill_kernel
 from compactor_vllm.attention.prefill_config import PrefillConfig, default_prefill_config
 from compactor_vllm.attention.ragged_prefix import RaggedPrefix
 from compactor_vllm.attention.sparse_varlen_kernel import prefill_attention
@@ -247,8 +246,8 @@ def test_configurations() -> None:
     hopper = default_prefill_config((9, 0), torch.bfloat16, 128)
     assert hopper.tma and not default_prefill_config((8, 0), torch.bfloat16, 128).tma
     assert default_prefill_config((9, 0), torch.bfloat16, 128, 64).block_n == 64
-    assert choose_prefill_kernel((9, 0), torch.bfloat16, 128, 16, True) == "triton"
-    assert choose_prefill_kernel((9, 0), torch.float32, 128, None, False) == "triton"
+    assert not default_prefill_config((9, 0), torch.bfloat16, 128, 16).tma
+    assert not default_prefill_config((9, 0), torch.float32, 128).tma
 
 
 def test_splits_fill_the_card_with_powers_of_two(monkeypatch: pytest.MonkeyPatch) -> None:

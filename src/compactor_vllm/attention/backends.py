@@ -24,8 +24,8 @@ class AttentionKernels:
         prefill, decode: see `attention.reference`.
         computes_rows: whether `prefill` takes `cu_seqlens_q_B1`, the last rows of sequences alone.
         plan_prefill: makes the `plan` of `prefill` for all layers of a batch, see `attention.prefill`.
-        plan_decode: makes the `plan` of `decode` for all layers of a step, see `attention.decode_plan`.
-        captures: whether a CUDA graph can hold a decode step.
+        plan_decode: makes the `plan` of `decode` for all layers of a step, see `attention.decode_plan`. Where there is
+            one, lengths stay on the device and a CUDA graph can hold a step.
     """
 
     prefill: Callable[..., torch.Tensor]
@@ -35,7 +35,6 @@ class AttentionKernels:
     computes_rows: bool = False
     plan_prefill: Callable[..., Any] | None = None
     plan_decode: Callable[..., Any] | None = None
-    captures: bool = False
 
 
 def resolve_backend(backend: AttentionBackend, device: torch.device) -> AttentionBackend:
@@ -97,7 +96,6 @@ def attention_kernels(backend: AttentionBackend) -> AttentionKernels:
         computes_rows=True,
         plan_prefill=prefill.plan_prefill,
         plan_decode=sparse_decode_kernel.plan_decode,
-        captures=True,
     )
 
 

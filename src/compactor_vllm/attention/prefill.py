@@ -1,4 +1,7 @@
-"""Prefill attention of this project's kernels: Hopper's where it applies, else the one in Triton."""
+"""Prefill attention of this project's kernels: Hopper's where it applies, else the one in Triton.
+
+This is the one place that decides which of them runs.
+"""
 
 from __future__ import annotations
 

@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from compactor_vllm.attention.dispatch import choose_prefill_kernel
 from compactor_vllm.errors import InvalidInputError
 
-__all__ = ["PrefillConfig", "default_prefill_config", "padded_head_dim"]
+__all__ = ["PrefillConfig", "copies_in_bulk", "default_prefill_config", "padded_head_dim"]
 
 # Cards that give one block less than 128 KiB of shared memory.
 _SMALL_SHARED_MEMORY = ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1))
@@ -53,12 +52,16 @@ def default_prefill_config(
         head_dim: D.
         page_size: rows of a page of the prefix, or None where there is none.
     """
-    kernel = choose_prefill_kernel(capability, dtype, head_dim, page_size, page_size is not None)
     config = _tiles(capability, dtype, padded_head_dim(head_dim), page_size is not None)
-    config = replace(config, tma=kernel == "triton_tma")
+    config = replace(config, tma=copies_in_bulk(capability, dtype, page_size))
     if page_size is not None and page_size < config.block_n and capability >= (9, 0):
         return replace(config, block_n=min(config.block_n, 64))
     return config
+
+
+def copies_in_bulk(capability: tuple[int, int], dtype: torch.dtype, page_size: int | None) -> bool:
+    """Whether tiles are copied by the bulk copy engine of sm_90 and sm_100; a tile of a prefix must lie in one page."""
+    return capability[0] in (9, 10) and dtype != torch.float32 and (page_size is None or page_size >= 64)
 
 
 def padded_head_dim(head_dim: int) -> int:

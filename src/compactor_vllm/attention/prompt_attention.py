@@ -52,6 +52,7 @@ class PromptAttention:
         piece_pairs: int | None = None,
     ):
         self.kernels, self.batch = kernels, batch
+        self._known_borders: dict[int, Tensor] = {}
         if piece_pairs is None or not kernels.computes_rows:
             cuts = [tuple((0, n) for n in batch.seqlens)]
         else:
@@ -90,10 +91,17 @@ class PromptAttention:
                     own = RaggedPrefix(cache=cache, segments_BG=prefix.segments_BG[b : b + 1], max_len=prefix.max_len)
                 rows, keys = slice(begin + first, begin + last), slice(begin, begin + last)
                 self.kernels.prefill(
-                    q_THD[rows], k_TKD[keys], v_TKD[keys], _borders(last, q_THD), last - first, scale,
-                    out=q_THD[rows], prefix=own, cu_seqlens_q_B1=_borders(last - first, q_THD), **options,
+                    q_THD[rows], k_TKD[keys], v_TKD[keys], self._borders(last), last - first, scale,
+                    out=q_THD[rows], prefix=own, cu_seqlens_q_B1=self._borders(last - first), **options,
                 )  # fmt: skip
             begin += length
+
+    def _borders(self, length: int) -> Tensor:
+        """int32 [0, length] on the device, made once for all layers."""
+        if length not in self._known_borders:
+            borders = torch.tensor([0, length], dtype=torch.int32)
+            self._known_borders[length] = borders.to(self.batch.cu_seqlens_B1.device, non_blocking=True)
+        return self._known_borders[length]
 
     def _prefix(self, cache: LayerCache) -> RaggedPrefix | None:
         if self.batch.segments_BG is None:
@@ -125,7 +133,3 @@ def cut_rows(seqlens: Sequence[int], prefix_len: int, piece_pairs: int) -> list[
     if not pieces[-1] and len(pieces) > 1:
         pieces.pop()
     return [tuple(piece.get(b, (0, 0)) for b in range(len(seqlens))) for piece in pieces]
-
-
-def _borders(length: int, like: Tensor) -> Tensor:
-    return torch.tensor([0, length], dtype=torch.int32).to(like.device, non_blocking=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -224,7 +224,9 @@ def _restore(manager: KVCacheManager, data: SegmentData, prefixes: PrefixCache) 
                 raise
 
 
-def chat_parts(tokenizer: Any, messages: Sequence[Message], template_kwargs: dict[str, Any]) -> tuple[list[int], str]:
+def chat_parts(
+    tokenizer: Any, messages: Sequence[Message], template_kwargs: Mapping[str, Any]
+) -> tuple[list[int], str]:
     """A conversation whose last message is the user's document, cut behind the document.
 
     Returns:

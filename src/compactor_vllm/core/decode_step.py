@@ -97,10 +97,10 @@ class DecodeStep:
         graph.replay()
         return DecodeOutput(logits_BV=output.logits_BV[:rows], greedy_2B=output.greedy_2B[:, :rows])
 
-    def launch_idle(self, rows: int) -> Tensor:
+    def launch_idle(self, rows: int, shared: bool = False) -> Tensor:
         """A step of rows without sequences, which changes nothing; its logits."""
         self._inputs[:, _TOKEN], self._inputs[:, _POSITION], self._inputs[:, _SLOT:] = 0, 0, -1
-        return self._launch(rows, False).logits_BV
+        return self._launch(rows, shared).logits_BV
 
     def _write_inputs(self, requests: list[Request], sources: list[int], rows: int) -> None:
         self._host.reverse()
@@ -113,10 +113,10 @@ class DecodeStep:
         known = [-1 if source >= 0 else request.next_input for request, source in zip(requests, sources, strict=True)]
         host[:count, _TOKEN] = np.maximum(known, 0)
         host[:count, _POSITION] = [request.computed for request in requests]
-        host[:count, _SLOT] = [request.segments[-1].slot for request in requests]
         host[:count, _SOURCE] = sources
         for row, request in zip(host, requests, strict=False):
-            row[_FIELDS : _FIELDS + len(request.segments)] = [s.slot for s in request.segments]
+            slots = [segment.slot for segment in request.segments]
+            row[_SLOT], row[_FIELDS : _FIELDS + len(slots)] = slots[-1], slots
         self._inputs[:rows].copy_(self._host[0][:rows], non_blocking=True)
         if self._copied:
             self._copied[0].record()
@@ -180,8 +180,9 @@ class DecodeStep:
     # ---- CUDA graphs ---------------------------------------------------------------------------------------------
 
     def use_graphs(self) -> bool:
-        """Whether steps can be captured: on a GPU, with kernels that never wait for the host."""
-        return self.device.type == "cuda" and self.kernels.attention.captures
+        """Whether steps can be captured: on a GPU, with kernels and layers that never wait for the host."""
+        waits = any(layer.mlp.waits_for_host(self.cache.dtype) for layer in self.layers)
+        return self.device.type == "cuda" and self.kernels.attention.plan_decode is not None and not waits
 
     def capture_all(self, show_progress: bool) -> None:
         """Captures the steps of every bucket without shared segments (those with are captured when first needed)."""
@@ -193,8 +194,7 @@ class DecodeStep:
 
     def _capture(self, rows: int, shared: bool) -> None:
         kept, drawn = self._inputs.clone(), self.drawn_B.clone()
-        self.launch_idle(rows)
-        self._launch(rows, shared)  # compiles and loads what the capture must not
+        self.launch_idle(rows, shared)  # compiles and loads what the capture must not
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             output = self._launch(rows, shared)

@@ -55,17 +55,17 @@ def build_batch(items: list[PrefillItem], runner: ModelRunner) -> PrefillBatch:
         rows = np.full((len(ordered), MAX_SEGMENTS), -1, dtype=np.int32)
         for row, segments in zip(rows, before, strict=True):
             row[: len(segments)] = [segment.slot for segment in segments]
-        segments_BG = torch.from_numpy(rows).to(device)
+        segments_BG = torch.from_numpy(rows).to(device, non_blocking=True)
     groups, first, begin = [], 0, 0
     for _, members in groupby(ordered, key=PrefillItem.group_key):
         group = _build_group(list(members), first, begin, runner)
         groups.append(group)
         first, begin = group.last, group.end
     return PrefillBatch(
-        input_ids_T=torch.tensor(tokens, dtype=torch.int64).to(device),
-        positions_T=torch.from_numpy(np.concatenate(positions)).to(device),
-        context_len_T=torch.from_numpy(np.concatenate(context_lens)).to(device),
-        cu_seqlens_B1=_borders(seqlens).to(device),
+        input_ids_T=torch.tensor(tokens, dtype=torch.int64).to(device, non_blocking=True),
+        positions_T=torch.from_numpy(np.concatenate(positions)).to(device, non_blocking=True),
+        context_len_T=torch.from_numpy(np.concatenate(context_lens)).to(device, non_blocking=True),
+        cu_seqlens_B1=_borders(seqlens).to(device, non_blocking=True),
         seqlens=seqlens,
         segments_BG=segments_BG,
         max_prefix_len=max((sum(segment.num_tokens for segment in segments) for segments in before), default=0),
@@ -103,17 +103,17 @@ def _build_group(items: list[PrefillItem], first: int, begin: int, runner: Model
         last=first + len(items),
         begin=begin,
         end=begin + sum(lens),
-        cu_seqlens=_borders(lens).to(device),
+        cu_seqlens=_borders(lens).to(device, non_blocking=True),
         spans=tuple(spans),
-        slots_B=_int32([item.segment.slot for item in items]).to(device),
-        growth_B=_int32([item.segment.growth_pages for item in items]).to(device),
-        run_begin_LB=torch.from_numpy(runs_LB).to(device),
-        reserved_begin_LB=torch.from_numpy(reserved_begin).to(device),
-        reserved_pages=torch.from_numpy(reserved).to(device),
-        keep_B=_int32(keep).to(device),
+        slots_B=_int32([item.segment.slot for item in items]).to(device, non_blocking=True),
+        growth_B=_int32([item.segment.growth_pages for item in items]).to(device, non_blocking=True),
+        run_begin_LB=torch.from_numpy(runs_LB).to(device, non_blocking=True),
+        reserved_begin_LB=torch.from_numpy(reserved_begin).to(device, non_blocking=True),
+        reserved_pages=torch.from_numpy(reserved).to(device, non_blocking=True),
+        keep_B=_int32(keep).to(device, non_blocking=True),
         kept_pairs=sum(keep) * kv_heads,
-        protected_T=torch.from_numpy(protected_T).to(device),
-        counts_BK=_int32([[length] * kv_heads for length in lens]).to(device),
+        protected_T=torch.from_numpy(protected_T).to(device, non_blocking=True),
+        counts_BK=_int32([[length] * kv_heads for length in lens]).to(device, non_blocking=True),
         compression_type=params.compression_type,
         selection=selection_arguments(params.compression_type, keep, floors, device),
         chunk_size=params.chunk_size if params.do_chunked_compression else None,

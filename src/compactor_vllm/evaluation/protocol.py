@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from compactor_vllm.core.chat import encode, render
-
-_SEPARATOR = "\u241eseparator\u241e"
+from compactor_vllm.core.chat import encode
+from compactor_vllm.core.context import chat_parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +42,8 @@ def two_part_prompt(
     if query_aware:
         context, question = context + question, ""
     if getattr(tokenizer, "chat_template", None):
-        messages = [{"role": "user", "content": context + _SEPARATOR}]
-        before, after = render(tokenizer, messages, chat_template_kwargs or {}).split(_SEPARATOR)
-        first, second = encode(tokenizer, before), encode(tokenizer, question + after + answer_prefix)
+        first, after = chat_parts(tokenizer, [{"role": "user", "content": context}], chat_template_kwargs or {})
+        second = encode(tokenizer, question + after + answer_prefix)
     else:
         first, second = tokenizer(context)["input_ids"], encode(tokenizer, question + answer_prefix)
     return TwoPartPrompt(token_ids=first + second, context_end=len(first))

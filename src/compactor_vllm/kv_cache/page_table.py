@@ -184,8 +184,8 @@ class PagedKVCache:
     def write_heads(self, slot: int, begin_LK: np.ndarray, lens_LK: np.ndarray) -> None:
         """Sets where a segment's heads begin and how long they are, in the mirrors and on the device."""
         self.host_begin_LSK[:, slot], self.host_lens_LSK[:, slot] = begin_LK, lens_LK
-        self.head_begin_LSK[:, slot] = torch.from_numpy(begin_LK.astype(np.int32)).to(self.device)
-        self.seg_lens_LSK[:, slot] = torch.from_numpy(lens_LK.astype(np.int32)).to(self.device)
+        self.head_begin_LSK[:, slot] = torch.from_numpy(begin_LK.astype(np.int32)).to(self.device, non_blocking=True)
+        self.seg_lens_LSK[:, slot] = torch.from_numpy(lens_LK.astype(np.int32)).to(self.device, non_blocking=True)
 
 
 def page_bytes(layers: tuple[LayerKV, ...], page_size: int, dtype: torch.dtype) -> int:

@@ -5,6 +5,7 @@ Shape suffixes: T tokens, E hidden size.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from compactor_vllm.layers.linear import Linear, MergedLinear
@@ -19,6 +20,10 @@ class GatedMLP(nn.Module):
         parts = {"gate_proj": intermediate_size, "up_proj": intermediate_size}
         self.gate_up_proj = MergedLinear(hidden_size, parts, bias=bias)
         self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
+
+    def waits_for_host(self, dtype: torch.dtype) -> bool:
+        """Whether its launches depend on values of the device, so that no CUDA graph can hold them."""
+        return False
 
     def add_to_(self, x_TE: Tensor, hidden_TE: Tensor, ops: Pointwise = TORCH) -> Tensor:
         """x += mlp(hidden) in place; `x_TE` is returned."""

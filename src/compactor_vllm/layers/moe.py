@@ -107,6 +107,10 @@ class SparseMoE(nn.Module):
         out_TCE = out_NE.view(*experts_TC.shape, -1)
         return torch.einsum("tce,tc->te", out_TCE, weights_TC)
 
+    def waits_for_host(self, dtype: torch.dtype) -> bool:
+        """As in `GatedMLP`: only the grouped product needs no counts on the host."""
+        return dtype != torch.bfloat16
+
     def add_to_(self, x_TE: Tensor, hidden_TE: Tensor, ops: Pointwise = TORCH) -> Tensor:
         """x += moe(hidden) in place; `x_TE` is returned."""
         return x_TE.add_(self(hidden_TE, ops))
