@@ -9,6 +9,7 @@ import pytest
 
 from compactor_vllm.errors import InvalidInputError, MissingDependencyError
 from compactor_vllm.evaluation.intervals import Interval, mean_interval, paired_interval
+from compactor_vllm.evaluation.page import BEGIN, END, write_markdown
 from compactor_vllm.evaluation.report import (
     SCORE,
     Results,
@@ -184,3 +185,16 @@ def test_a_heat_map_and_label_free_curves(tmp_path: Path) -> None:
     ]
     write_report([run(tmp_path / "free", free, suite="label-free")], tmp_path / "report")
     assert len(list((tmp_path / "report").glob("*.png"))) == 6
+
+
+def test_tables_are_written_into_a_page(ruler: RunDirectory, tmp_path: Path) -> None:
+    page = tmp_path / "quality.md"
+    write_markdown([ruler], page)
+    alone = page.read_text()
+    assert alone.startswith(BEGIN) and alone.endswith(f"{END}\n") and "| kept | 100 % | 50 % | 25 % |" in alone
+    page.write_text(f"# Quality\n\nBefore.\n\n{BEGIN}\nold\n{END}\n\nAfter.\n")
+    write_markdown([ruler], page)
+    assert page.read_text() == f"# Quality\n\nBefore.\n\n{alone.rstrip()}\n\nAfter.\n"
+    page.write_text("# Quality\n")
+    with pytest.raises(InvalidInputError, match="between which the tables would go"):
+        write_markdown([ruler], page)

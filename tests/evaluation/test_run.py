@@ -17,7 +17,7 @@ from compactor_vllm.errors import CompactorError, InvalidInputError
 from compactor_vllm.evaluation.label_free import compare, continuation_sample, divergence
 from compactor_vllm.evaluation.run_config import MethodChoice, RunConfig
 from compactor_vllm.evaluation.run_directory import RunDirectory, cell_measures, metrics
-from compactor_vllm.evaluation.runner import Answers, TaskSource, prompt_of, run_grid
+from compactor_vllm.evaluation.runner import Answers, Shard, TaskSource, prompt_of, run_grid
 from compactor_vllm.evaluation.tasks.sample import Sample
 
 CONFIG = RunConfig(
@@ -120,11 +120,12 @@ def test_values_may_follow_one_option() -> None:
 def test_a_grid_is_measured_once(tmp_path: Path) -> None:
     llm = Engine(lambda text, ratio: "It is 42" if ratio == 1 or "context 3" in text else "no")
     run_grid([source()], CELLS, Answers(llm, CONFIG), RunDirectory.create(tmp_path / "run", CONFIG), batch_size=3)
-    assert [len(prompts) for prompts, *_ in llm.calls] == [3, 3, 1, 1]
-    prompts, sampling, batch, compressions = llm.calls[1]
-    assert "".join(map(chr, prompts[2])) == "<context 2 question? >A:answer:"
-    assert sampling[0].greedy and sampling[0].max_new_tokens == 8 and batch.compression_type == "layer"
-    assert compressions[0].compression_method == "keydiff" and compressions[0].context_end == len("<context 0 ")
+    assert [len(prompts) for prompts, *_ in llm.calls] == [6, 2]  # three samples, then one, under two cells
+    prompts, sampling, batch, compressions = llm.calls[0]
+    assert "".join(map(chr, prompts[5])) == "<context 2 question? >A:answer:" and prompts[5] is prompts[2]
+    assert sampling[3].greedy and sampling[3].max_new_tokens == 8 and batch.compression_type == "layer"
+    assert [c.compression_ratio for c in compressions] == [1, 1, 1, 0.5, 0.5, 0.5]
+    assert compressions[3].compression_method == "keydiff" and compressions[3].context_end == len("<context 0 ")
     result = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert [(c["method"], c["retention"], c["string_match"]) for c in result["cells"]] == [
         *(("keydiff", 0.5, 25.0), ("none", 1.0, 100.0))
@@ -137,9 +138,72 @@ def test_a_grid_is_measured_once(tmp_path: Path) -> None:
     again = RunDirectory.create(tmp_path / "run", replace(CONFIG, methods=["knorm"], samples=5))
     assert again.config["methods"] == ["keydiff", "knorm"] and again.config["samples"] == 5
     run_grid([source(5)], CELLS, Answers(llm, CONFIG), again, batch_size=3)
-    assert [len(prompts) for prompts, *_ in llm.calls[4:]] == [1, 1]
+    assert [len(prompts) for prompts, *_ in llm.calls[2:]] == [2]
     record = again.records["t", 64, 1, "none", 1.0]
     assert record["depth"] == 0.3333 and record["prediction"] == "It is 42" and record["answers"] == ["42"]
+
+
+def test_calls_of_one_cell_are_timed(tmp_path: Path) -> None:
+    llm, directory = Engine(), RunDirectory.create(tmp_path, CONFIG)
+    run_grid([source(2)], CELLS, Answers(llm, CONFIG), directory, apart=True)
+    assert [len(prompts) for prompts, *_ in llm.calls] == [2, 2]
+    assert all(r["seconds"] >= 0 and r["tokens"] == r["prompt_tokens"] + 2 for r in directory.records.values())
+    mixed = RunDirectory.create(tmp_path / "mixed", CONFIG)
+    run_grid([source(2)], CELLS, Answers(llm, CONFIG), mixed)
+    assert not any("seconds" in record for record in mixed.records.values())
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+def test_shards_are_the_whole_and_even(count: int) -> None:
+    sources = [TaskSource(task=name, length=64, count=13, make=sample) for name in "abcdef"]
+    shares = [Shard(index, count).of(sources, 2) for index in range(count)]
+    whole = sorted((s.task, r.start, r.stop) for share in shares for s, r in share)
+    assert whole == [(name, begin, min(begin + 2, 13)) for name in "abcdef" for begin in range(0, 13, 2)]
+    for name in "abcdef":  # no process has much more of a long task than others
+        numbers = [sum(s.task == name for s, _ in share) for share in shares]
+        assert max(numbers) - min(numbers) <= 1
+    for share in shares:  # what is broken off has about as many samples of each task
+        assert [r.start for _, r in share] == sorted(r.start for _, r in share)
+
+
+def test_shards_of_a_run_share_its_directory(tmp_path: Path) -> None:
+    llm = Engine()
+    for index in (0, 1):
+        directory = RunDirectory.create(tmp_path, CONFIG, f"predictions-{index}-of-2.jsonl")
+        assert run_grid([source()], CELLS, Answers(llm, CONFIG), directory, batch_size=1, shard=Shard(index, 2))
+    assert len(llm.calls) == 4 and all(len(prompts) == 2 for prompts, *_ in llm.calls)
+    assert len(RunDirectory.load(tmp_path).records) == 8
+    whole = RunDirectory.create(tmp_path, CONFIG)
+    run_grid([source()], CELLS, Answers(llm, CONFIG), whole)
+    assert len(llm.calls) == 4  # all was there
+    for wrong in ("2/2", "1", "a/b", "-1/2", "0/0"):
+        with pytest.raises(InvalidInputError, match="shard"):
+            Shard.parse(wrong)
+    assert Shard.parse("1/4") == Shard(1, 4)
+
+
+def test_nothing_begins_that_would_end_after_the_time_limit(tmp_path: Path, monkeypatch) -> None:
+    clock = iter(range(0, 1000, 10))  # every look at the clock is ten seconds later
+    monkeypatch.setattr("compactor_vllm.evaluation.runner.time.monotonic", lambda: float(next(clock)))
+    llm, directory = Engine(), RunDirectory.create(tmp_path, CONFIG)
+    # A batch takes 10 s, and begins 10, 30, 50 s after the start.
+    assert not run_grid([source()], CELLS, Answers(llm, CONFIG), directory, batch_size=1, time_limit=41)
+    assert len(llm.calls) == 2 and len(directory.records) == 4
+
+
+def test_a_packed_run_is_the_same_run(tmp_path: Path) -> None:
+    llm, directory = Engine(), RunDirectory.create(tmp_path / "run", CONFIG)
+    run_grid([source()], CELLS, Answers(llm, CONFIG), directory)
+    directory.pack(tmp_path / "packed")
+    RunDirectory.load(tmp_path / "packed").pack(tmp_path / "again")
+    files = [tmp_path / name / "predictions.jsonl.xz" for name in ("packed", "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    packed = RunDirectory.load(tmp_path / "packed")
+    assert packed.records == directory.records and packed.write_metrics() == directory.write_metrics()
+    run_grid([source(5)], CELLS, Answers(llm, CONFIG), RunDirectory.create(tmp_path / "packed", CONFIG))
+    assert len(llm.calls[-1][0]) == 2 and len(RunDirectory.load(tmp_path / "packed").records) == 10
+    with pytest.raises(InvalidInputError, match="not empty"):
+        directory.pack(tmp_path / "packed")
 
 
 def test_a_broken_line_is_cut_off_and_measured_again(tmp_path: Path) -> None:
@@ -178,7 +242,7 @@ def test_a_failed_answer_ends_the_run_and_keeps_what_was_done(tmp_path: Path) ->
     llm.generate = fails  # type: ignore[method-assign]
     with pytest.raises(CompactorError, match="could not be finished: no pages"):
         run_grid([source()], CELLS, Answers(llm, CONFIG), directory, batch_size=2)
-    assert len(RunDirectory.load(tmp_path).records) == 2
+    assert len(RunDirectory.load(tmp_path).records) == 4  # the first batch
 
 
 def test_measures_of_groups() -> None:
@@ -274,6 +338,31 @@ def test_ruler_with_a_method_of_ones_own(tiny_checkpoint: Path, tmp_path: Path, 
     code, printed, errors = call(capsys, *arguments, "--method", "expected_attention", "--ratio", 1, 0.25)
     assert code == 0 and "| kept | 100 % | 25 % |" in printed and "made-up prose" in errors
     assert len((out / "predictions.jsonl").read_text().splitlines()) == 6  # nothing was computed again
+
+
+def test_processes_share_a_run(tiny_checkpoint: Path, tmp_path: Path, capfd) -> None:
+    out = tmp_path / "run"
+    arguments = [
+        "ruler",
+        "--model",
+        tiny_checkpoint,
+        "--device",
+        "cpu",
+        "--task",
+        "fwe",
+        "--length",
+        1100,
+        "--out",
+        out,
+    ]
+    arguments += ["--samples", 2, "--batch-size", 1, "--max-new-tokens", 2, "--ratio", 0.5, "--processes", 2]
+    code, _, errors = call(capfd, *arguments, "--time-limit", 0)
+    assert code == 75 and "stopped at the time limit" in errors and not RunDirectory.load(out).records
+    code, printed, _ = call(capfd, *arguments, "--json")
+    assert code == 0 and json.loads(printed)["cells"][0]["samples"] == 2
+    assert sorted(len(file.read_text().splitlines()) for file in out.glob("predictions-*-of-2.jsonl")) == [1, 1]
+    code, _, errors = call(capfd, *arguments, "--method", "compactor[nonsense=1]")
+    assert code == 2 and "of 2 failed" in errors
 
 
 def test_label_free_of_the_full_cache_is_no_change(tiny_checkpoint: Path, tmp_path: Path, capsys) -> None:

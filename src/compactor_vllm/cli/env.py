@@ -55,7 +55,7 @@ def collect() -> dict[str, str]:
     facts = {
         "platform": platform.platform(),
         "python": f"{platform.python_version()} ({sys.executable})",
-        **{name: _version(name) for name in PACKAGES},
+        **{name: package_version(name) for name in PACKAGES},
         "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
         "memory": _memory(),
         "cuda of torch": torch.version.cuda or "none (CPU build)",
@@ -81,7 +81,7 @@ def hub_cache_dir() -> Path:
     return Path(HF_HUB_CACHE)
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:

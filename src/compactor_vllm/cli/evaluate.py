@@ -5,23 +5,27 @@ from __future__ import annotations
 import json
 import platform
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from compactor_vllm.cli import evaluate_options as own
-from compactor_vllm.cli import options
+from compactor_vllm.cli import evaluate_report, options
 from compactor_vllm.cli.console import err
-from compactor_vllm.cli.many_values import ManyValues
+from compactor_vllm.cli.env import package_version
+from compactor_vllm.cli.evaluate_processes import UNFINISHED, pool_bytes, run_processes
+from compactor_vllm.cli.many_values import ARGUMENTS, ManyValues
 from compactor_vllm.config import LLMConfig
 from compactor_vllm.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from compactor_vllm import LLM
     from compactor_vllm.evaluation.run_config import MethodChoice, RunConfig
+    from compactor_vllm.evaluation.runner import Shard
     from compactor_vllm.evaluation.suites import SuiteOptions
 
 EPILOG = """
@@ -33,6 +37,10 @@ RULER's offline tasks with the built-in model, two methods at three retentions, 
 
     compactor-vllm eval report runs/first
 
+Every method, by four processes that share a GPU:
+
+    compactor-vllm eval ruler --method all --discard 0 0.5 0.75 --samples 50 --batch-size 25 --processes 4
+
 A method of your own, and one with options:
 
     compactor-vllm eval ruler --method my_file.py:Mine "expected_attention[head_floor=0.2]"
@@ -41,7 +49,8 @@ The specification's table, on the samples of kvpress's leaderboard:
 
     compactor-vllm eval ruler --prebuilt --length 4096 --model Qwen/Qwen3-8B --discard 0 0.25 0.5 0.75 0.9
 
-A run that was broken off goes on when its command is given again. Methods, retentions, tasks and samples may be added.
+A run that was broken off, or stopped by `--time-limit` (exit code 75), goes on when its command is given again.
+Methods, retentions, tasks and samples may be added.
 """
 
 RATIOS = (1.0, 0.5, 0.25)
@@ -78,12 +87,18 @@ def run_suite(
     wanted: SuiteOptions,
     choices: Sequence[MethodChoice],
     out: Path,
+    *,
     batch_size: int,
-) -> dict[str, Any]:
-    """Measures what `out` does not have yet; returns what is in its metrics.json.
+    shard: Shard,
+    apart: bool,
+    deadline: float | None,
+) -> bool:
+    """Measures what `out` does not have yet; returns whether this share of it is complete.
 
     Args:
         draft: the run's configuration without what only the samples and the engine tell.
+        apart: a call for each method and retention.
+        deadline: of `time.monotonic`; nothing begins that would end later.
     """
     from compactor_vllm.evaluation.label_free import LabelFree
     from compactor_vllm.evaluation.run_directory import RunDirectory
@@ -103,20 +118,26 @@ def run_suite(
             substitutes=substitutes,
             environment={"engine": llm.describe(), **versions()},
         )
-        directory = RunDirectory.create(out, run)
+        file = "predictions.jsonl" if shard.count == 1 else f"predictions-{shard.index}-of-{shard.count}.jsonl"
+        directory = RunDirectory.create(out, run, file)
         for task, text in substitutes.items():
             err().print(f"{task}: {text}", style="dim")
-        measure = LabelFree(llm, run) if run.suite == "label-free" else Answers(llm, run)
-        progress = sys.stderr.isatty()
-        run_grid(sources, run.cells(choices), measure, directory, batch_size=batch_size, show_progress=progress)
-        return directory.write_metrics()
+        return run_grid(
+            sources,
+            run.cells(choices),
+            LabelFree(llm, run) if run.suite == "label-free" else Answers(llm, run),
+            directory,
+            batch_size=batch_size,
+            shard=shard,
+            apart=apart,
+            time_limit=None if deadline is None else max(0.0, deadline - time.monotonic()),
+            show_progress=sys.stderr.isatty() and shard.count == 1,
+        )
 
 
 def versions() -> dict[str, str]:
-    from importlib.metadata import version
-
     names = ("compactor-vllm", "torch", "transformers")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    return {"python": platform.python_version(), **{name: package_version(name) for name in names}}
 
 
 def retentions(ratio: Sequence[float] | None, discard: Sequence[float] | None) -> tuple[float, ...]:
@@ -142,21 +163,38 @@ def check_effects(suite: str, **given: Any) -> None:
             )
 
 
-def print_results(out: Path, metrics: dict[str, Any], as_json: bool) -> None:
-    """The tables of a run, or its metrics as JSON."""
+def method_choices(given: Sequence[str] | None) -> list[MethodChoice]:
+    """The methods, each once; "all" is every registered or installed one but the full cache.
+
+    Raises:
+        InvalidInputError: one of them cannot be read.
+    """
+    from compactor_vllm.compression import method_names
+    from compactor_vllm.evaluation.run_config import FULL_CACHE, MethodChoice
+
+    every = [name for name in method_names() if name != FULL_CACHE]
+    names = [name for text in given or ["compactor"] for name in (every if text == "all" else [text])]
+    return [MethodChoice.parse(name) for name in dict.fromkeys(names)]
+
+
+def print_results(out: Path, as_json: bool) -> None:
+    """Writes the metrics of a run, and prints them as JSON or its tables."""
     from compactor_vllm.evaluation.report import Results, markdown, tables
     from compactor_vllm.evaluation.run_directory import RunDirectory
 
+    directory = RunDirectory.load(out)
+    metrics = directory.write_metrics()
     if as_json:
         print(json.dumps(metrics, indent=2))
         return
-    for title, table in tables(Results([RunDirectory.load(out)])):
+    for title, table in tables(Results([directory])):
         print(f"{title}\n\n{markdown(table)}\n")
     err().print(f"written to {out}; `compactor-vllm eval report {out}` draws it", style="dim")
 
 
 def _suite_command(suite: str) -> Callable[..., None]:
     def command(
+        ctx: typer.Context,
         model: options.Model = options.BUILT_IN_MODEL,
         path: options.ModelPath = None,
         revision: options.Revision = None,
@@ -179,15 +217,22 @@ def _suite_command(suite: str) -> Callable[..., None]:
         chunk_size: own.ChunkSize = None,
         max_new_tokens: own.AnswerTokens = None,
         batch_size: own.BatchSize = 8,
+        processes: own.Processes = 1,
+        shard: own.ShardText = None,
+        time_limit: own.TimeLimit = None,
+        throughput: own.Throughput = False,
         out: own.Out = None,
         as_json: options.AsJson = False,
         device: options.Device = "auto",
         dtype: options.Dtype = "auto",
         debug: options.Debug = False,
     ) -> None:
-        from compactor_vllm.evaluation.run_config import MethodChoice, RunConfig
+        from compactor_vllm.evaluation.run_config import RunConfig
+        from compactor_vllm.evaluation.runner import Shard
         from compactor_vllm.evaluation.suites import SuiteOptions
 
+        deadline = None if time_limit is None else time.monotonic() + time_limit
+        share = Shard() if shard is None else Shard.parse(shard)
         check_effects(suite, prebuilt=prebuilt, depths=depths, target=target, length=length)
         config = LLMConfig(
             model=model,
@@ -196,9 +241,10 @@ def _suite_command(suite: str) -> Callable[..., None]:
             max_model_len=max_model_len or "auto",
             device=device,
             dtype=dtype,
+            kv_cache_memory_bytes=pool_bytes(device, processes),
             show_progress_bar=False,
         )
-        choices = [MethodChoice.parse(text) for text in dict.fromkeys(method or ["compactor"])]
+        choices = method_choices(method)
         draft = RunConfig(
             suite=suite,
             model=model,
@@ -225,7 +271,25 @@ def _suite_command(suite: str) -> Callable[..., None]:
             target=target or 64,
         )
         where = out or Path("runs") / f"{suite}-{model.strip('/').replace('/', '--')}"
-        print_results(where, run_suite(draft, config, wanted, choices, where, batch_size), as_json)
+        if processes > 1 and shard is None:
+            complete = run_processes(["eval", suite, *ctx.meta[ARGUMENTS]], processes)
+        else:
+            complete = run_suite(
+                draft,
+                config,
+                wanted,
+                choices,
+                where,
+                batch_size=batch_size,
+                shard=share,
+                apart=throughput,
+                deadline=deadline,
+            )
+        if not complete:
+            err().print("stopped at the time limit; give the command again to go on", style="bold")
+            raise typer.Exit(UNFINISHED)
+        if shard is None:
+            print_results(where, as_json)
 
     command.__doc__ = SUITES[suite]
     return command
@@ -235,18 +299,5 @@ for _suite in SUITES:
     app.command(_suite, cls=ManyValues, epilog=EPILOG)(_suite_command(_suite))
 
 
-@app.command("report")
-def report(
-    runs: Annotated[list[Path], typer.Argument(help="Directories of runs with one model.")],
-    out: Annotated[Path | None, typer.Option("--out", help="Where to. [default: RUN/report]")] = None,
-    base: Annotated[
-        str | None, typer.Option("--base", help="The method that others are compared with. [default: compactor]")
-    ] = None,
-    debug: options.Debug = False,
-) -> None:
-    """Draw quality over retention and over bytes, and heat-maps, as PNG, SVG and one HTML page."""
-    from compactor_vllm.evaluation.page import write_report
-    from compactor_vllm.evaluation.run_directory import RunDirectory
-
-    directories = [RunDirectory.load(run) for run in runs]
-    print(write_report(directories, out or runs[0] / "report", base))
+app.command("report")(evaluate_report.report)
+app.command("pack")(evaluate_report.pack)

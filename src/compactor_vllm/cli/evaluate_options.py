@@ -11,7 +11,9 @@ _WHAT, _HOW = "What is measured", "How it is measured"
 
 Methods = Annotated[
     list[str] | None,
-    typer.Option("--method", help="Methods, also with options: 'snapkv[window=64]'. [default: compactor]"),
+    typer.Option(
+        "--method", help="Methods, also with options: 'snapkv[window=64]'; 'all' is every one. [default: compactor]"
+    ),
 ]
 Ratios = Annotated[
     list[float] | None,
@@ -80,4 +82,24 @@ BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples tha
 Out = Annotated[
     Path | None,
     typer.Option("--out", help="Directory of the run. [default: runs/SUITE-MODEL]", rich_help_panel=_HOW),
+]
+Processes = Annotated[
+    int,
+    typer.Option(
+        "--processes", min=1, help="Processes that share the work, and the GPU if there is one.", rich_help_panel=_HOW
+    ),
+]
+ShardText = Annotated[
+    str | None,
+    typer.Option("--shard", help="Do share I of N only: I/N. All may write to one --out.", rich_help_panel=_HOW),
+]
+TimeLimit = Annotated[
+    float | None,
+    typer.Option("--time-limit", min=0, help="Begin nothing that would end later: seconds.", rich_help_panel=_HOW),
+]
+Throughput = Annotated[
+    bool,
+    typer.Option(
+        "--throughput", help="A call for every method and retention, so that each can be timed.", rich_help_panel=_HOW
+    ),
 ]

@@ -6,11 +6,15 @@ from collections.abc import Sequence
 
 import typer.core
 
+ARGUMENTS = "compactor_vllm.arguments"
+"""Under this key `ctx.meta` has the arguments of the command as they were given."""
+
 
 class ManyValues(typer.core.TyperCommand):
     """A command whose repeatable options may be followed by several values."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        ctx.meta[ARGUMENTS] = list(args)
         repeatable = {name for param in self.params if getattr(param, "multiple", False) for name in param.opts}
         return super().parse_args(ctx, repeated(args, repeatable))
 

@@ -15,7 +15,7 @@ from compactor_vllm.config import SamplingParams
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.evaluation.run_config import FULL_CACHE, Cell, MethodChoice, RunConfig
 from compactor_vllm.evaluation.run_directory import Record
-from compactor_vllm.evaluation.runner import batch_params, check_finished, costs, prompt_of
+from compactor_vllm.evaluation.runner import Pair, batch_params, check_finished, costs, prompts_of
 from compactor_vllm.evaluation.tasks.haystack import Prose
 from compactor_vllm.evaluation.tasks.sample import Sample, sample_rng
 
@@ -79,28 +79,33 @@ class LabelFree:
         """Predicts the targets with the full cache."""
         self._targets = {id(sample): self._target(sample) for sample in samples}
         cell = Cell(choice=MethodChoice(label=FULL_CACHE, method=FULL_CACHE), retention=1.0)
-        self._full = {id(sample): result for sample, result in zip(samples, self._predict(samples, cell), strict=True)}
+        results = self._predict([(sample, cell) for sample in samples])
+        self._full = {id(sample): result for sample, result in zip(samples, results, strict=True)}
 
-    def measure(self, samples: Sequence[Sample], cell: Cell) -> list[Record]:
-        full = [self._full[id(sample)] for sample in samples]
-        results = full if cell.choice.label == FULL_CACHE else self._predict(samples, cell)
-        return [
-            compare(before, rows, self._targets[id(sample)]) | costs(sequence)
-            for sample, (before, _), (rows, sequence) in zip(samples, full, results, strict=True)
-        ]
+    def measure(self, pairs: Sequence[Pair]) -> list[Record]:
+        compressed = iter(self._predict([pair for pair in pairs if pair[1].choice.label != FULL_CACHE]))
+        records = []
+        for sample, cell in pairs:
+            full = self._full[id(sample)]
+            rows, sequence = full if cell.choice.label == FULL_CACHE else next(compressed)
+            records.append(compare(full[0], rows, self._targets[id(sample)]) | costs(sequence))
+        return records
 
     def _target(self, sample: Sample) -> list[int]:
         text = sample.answers[0] if not sample.chat else " " + ", ".join(sample.answers)
         return self._llm.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _predict(self, samples: Sequence[Sample], cell: Cell) -> list[tuple[list[Distribution], Any]]:
-        prompts = [prompt_of(self._llm.tokenizer, sample, self._config.query_aware) for sample in samples]
-        targets = [self._targets[id(sample)] for sample in samples]
+    def _predict(self, pairs: Sequence[Pair]) -> list[tuple[list[Distribution], Any]]:
+        if not pairs:
+            return []
+        prompts = prompts_of(self._llm.tokenizer, (sample for sample, _ in pairs), self._config.query_aware)
+        ordered = [prompts[id(sample)] for sample, _ in pairs]
+        targets = [self._targets[id(sample)] for sample, _ in pairs]
         sequences = self._llm.generate(
-            [prompt.token_ids + target for prompt, target in zip(prompts, targets, strict=True)],
+            [prompt.token_ids + target for prompt, target in zip(ordered, targets, strict=True)],
             SamplingParams(temperature=0, max_new_tokens=1, prompt_logprobs=TOP_TOKENS),
             batch_params(self._config),
-            [cell.params(self._config, prompt.context_end) for prompt in prompts],
+            [cell.params(self._config, prompt.context_end) for (_, cell), prompt in zip(pairs, ordered, strict=True)],
             return_sequences=True,
         )
         check_finished(sequences)

@@ -7,11 +7,15 @@ from collections.abc import Sequence
 from itertools import chain, repeat
 from pathlib import Path
 
+from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.evaluation import plots
 from compactor_vllm.evaluation.report import SCORE, Results, Table, markdown, tables
 from compactor_vllm.evaluation.run_directory import RunDirectory
 
 PAGE, TABLES = "index.html", "tables.md"
+BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+"""Marks on a Markdown page between which its tables are written anew."""
+
 _STYLE = (
     "body{font-family:sans-serif;max-width:72em;margin:2em auto;padding:0 1em;color:#222}"
     "table{border-collapse:collapse;margin:1em 0;font-size:.9em}td,th{border:1px solid #ccc;padding:.3em .6em;"
@@ -33,13 +37,31 @@ def write_report(runs: Sequence[RunDirectory], directory: Path, base: str | None
     results = Results(runs)
     sections = tables(results, base)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / TABLES).write_text(
-        "\n\n".join(f"## {title}\n\n{markdown(table)}" for title, table in sections) + "\n", encoding="utf-8"
-    )
+    (directory / TABLES).write_text(_markdown(sections), encoding="utf-8")
     figures = _draw(results, directory)
     page = directory / PAGE
     page.write_text(_html(results, figures, sections), encoding="utf-8")
     return page
+
+
+def write_markdown(runs: Sequence[RunDirectory], page: Path, base: str | None = None) -> None:
+    """Writes the tables into a Markdown page: between its marks if it is there, else it is made of nothing else.
+
+    Raises:
+        InvalidInputError: as `write_report`, or the page is there and has no marks.
+    """
+    text = _markdown(tables(Results(runs), base))
+    before, after = "", ""
+    if page.exists():
+        before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+        after = rest.partition(END)[2]
+        if not begin or END not in rest:
+            raise InvalidInputError(f"{page} has no lines {BEGIN} and {END}, between which the tables would go")
+    page.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after or chr(10)}", encoding="utf-8")
+
+
+def _markdown(sections: Sequence[tuple[str, Table]]) -> str:
+    return "\n\n".join(f"## {title}\n\n{markdown(table)}" for title, table in sections) + "\n"
 
 
 def _draw(results: Results, directory: Path) -> list[tuple[str, str]]:

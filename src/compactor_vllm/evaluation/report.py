@@ -60,7 +60,7 @@ class Point:
 
 
 class Results:
-    """The records of some runs.
+    """The records of some runs, or those of one length.
 
     Attributes:
         records: of all runs.
@@ -69,8 +69,10 @@ class Results:
         methods: labels without the full cache.
     """
 
-    def __init__(self, runs: Sequence[RunDirectory]):
-        self.records = [record for run in runs for record in run.records.values()]
+    def __init__(self, runs: Sequence[RunDirectory], length: int | None = None):
+        self._runs = runs
+        every = (record for run in runs for record in run.records.values())
+        self.records = [record for record in every if length in (None, record["length"])]
         if not self.records:
             raise InvalidInputError("there is nothing to report: no predictions yet")
         self.models = list(dict.fromkeys(str(run.config.get("model")) for run in runs))
@@ -89,6 +91,11 @@ class Results:
         self._cells: dict[tuple[str, float], list[Record]] = defaultdict(list)
         for record in self.records:
             self._cells[record["method"], record["retention"]].append(record)
+
+    def by_length(self) -> list[Results]:
+        """These results where there is one length, else a part for each."""
+        lengths = sorted({length for _, length in self.tasks})
+        return [self] if len(lengths) == 1 else [Results(self._runs, length) for length in lengths]
 
     @property
     def retentions(self) -> list[float]:
@@ -176,12 +183,14 @@ def tables(results: Results, base: str | None = None) -> list[tuple[str, Table]]
     elif base not in results.methods:
         raise InvalidInputError(f"no method {base!r} in these runs; they have {', '.join(results.methods)}")
     sections: list[tuple[str, Table]] = []
-    if SCORE in results.measures:
-        sections.append(("Promised and measured", promised_table(results, results.models[0])))
-    for measure in results.measures:
-        sections.append((f"Average over tasks: {measure.name}", average_table(results, measure)))
-        sections.append((f"Paired differences: {measure.name}", difference_table(results, base, measure)))
-        sections.append((f"By task: {measure.name}", task_table(results, measure)))
+    for part in results.by_length():
+        where = f" at {part.tasks[0][1]:,} tokens" if part is not results else ""
+        if SCORE in results.measures:
+            sections.append((f"Promised and measured{where}", promised_table(part, results.models[0])))
+        for measure in results.measures:
+            sections.append((f"Average over tasks{where}: {measure.name}", average_table(part, measure)))
+            sections.append((f"Paired differences{where}: {measure.name}", difference_table(part, base, measure)))
+            sections.append((f"By task{where}: {measure.name}", task_table(part, measure)))
     return [(title, table) for title, table in sections if table]
 
 
@@ -195,7 +204,7 @@ def average_table(results: Results, measure: MeasureInfo) -> Table:
 
 
 def task_table(results: Results, measure: MeasureInfo) -> Table:
-    """Means of every task: a row for each method and retention."""
+    """Every task: a row for each method and retention, with half the interval's width."""
     methods = results.methods or [FULL_CACHE]
     rows = [["method", "kept", *map(results.task_label, results.tasks)]]
     for method in methods:
@@ -204,7 +213,7 @@ def task_table(results: Results, measure: MeasureInfo) -> Table:
                 continue
             curves = (mean_interval(results.values(method, retention, measure, group)) for group in results.tasks)
             label = "full cache" if retention == 1 else method
-            rows.append([label, f"{100 * retention:g} %", *("" if i is None else f"{i.mean:.4g}" for i in curves)])
+            rows.append([label, f"{100 * retention:g} %", *map(_cell, curves)])
     return rows
 
 

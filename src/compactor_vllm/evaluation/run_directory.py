@@ -1,8 +1,13 @@
-"""The directory of a run: config.json, predictions.jsonl, metrics.json. A run that was broken off is taken up again."""
+"""The directory of a run: config.json, predictions.jsonl, metrics.json. A run that was broken off is taken up again.
+
+Processes that share a run write a file of predictions each and read those of all.
+"""
 
 from __future__ import annotations
 
 import json
+import lzma
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +17,8 @@ from typing import Any
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.evaluation.run_config import RunConfig
 
-CONFIG, PREDICTIONS, METRICS = "config.json", "predictions.jsonl", "metrics.json"
+CONFIG, METRICS = "config.json", "metrics.json"
+PREDICTIONS, PACKED = "predictions.jsonl", "predictions.jsonl.xz"
 
 Record = dict[str, Any]
 """One sample under one method and retention: see `record_key` for what identifies it, and `runner` for the rest."""
@@ -38,15 +44,21 @@ class RunDirectory:
         path: the directory.
         config: of the run, as a mapping.
         records: every prediction so far, by its key.
+        file: where `append` writes.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any], records: Iterable[Record]):
-        self.path, self.config = path, config
+    def __init__(
+        self, path: Path, config: Mapping[str, Any], records: Iterable[Record], file: str = PREDICTIONS
+    ) -> None:
+        self.path, self.config, self.file = path, config, path / file
         self.records: dict[Key, Record] = {record_key(record): record for record in records}
 
     @classmethod
-    def create(cls, path: Path, config: RunConfig) -> RunDirectory:
+    def create(cls, path: Path, config: RunConfig, file: str = PREDICTIONS) -> RunDirectory:
         """Makes the directory, or takes up the run in it: methods, retentions, tasks, lengths and samples may be added.
+
+        Args:
+            file: name of this process's predictions, "predictions*.jsonl".
 
         Raises:
             InvalidInputError: the directory holds a run with other settings, or files that are no run.
@@ -68,7 +80,8 @@ class RunDirectory:
             raise InvalidInputError(f"{path} is not empty and holds no run; choose another --out")
         path.mkdir(parents=True, exist_ok=True)
         _write_json(path / CONFIG, mine)
-        return cls(path, mine, _take_up(path / PREDICTIONS))
+        _cut_off(path / file)
+        return cls(path, mine, _all_records(path), file)
 
     @classmethod
     def load(cls, path: Path) -> RunDirectory:
@@ -79,11 +92,11 @@ class RunDirectory:
         """
         if not (path / CONFIG).is_file():
             raise InvalidInputError(f"{path} holds no run: it has no {CONFIG}")
-        return cls(path, _read_json(path / CONFIG), _read_records(path / PREDICTIONS)[0])
+        return cls(path, _read_json(path / CONFIG), _all_records(path))
 
     def append(self, records: Sequence[Record]) -> None:
         """Writes records at once, so that an interruption loses nothing that was computed."""
-        with (self.path / PREDICTIONS).open("a", encoding="utf-8") as file:
+        with self.file.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         self.records |= {record_key(record): record for record in records}
 
@@ -92,6 +105,20 @@ class RunDirectory:
         result = metrics(self.config, list(self.records.values()))
         _write_json(self.path / METRICS, result)
         return result
+
+    def pack(self, path: Path) -> None:
+        """Writes the run to another directory, its predictions sorted and compressed: the same run, the same bytes.
+
+        Raises:
+            InvalidInputError: the directory holds something already.
+        """
+        if path.exists() and any(path.iterdir()):
+            raise InvalidInputError(f"{path} is not empty; choose another --out")
+        path.mkdir(parents=True, exist_ok=True)
+        _write_json(path / CONFIG, self.config)
+        _write_json(path / METRICS, metrics(self.config, list(self.records.values())))
+        lines = (json.dumps(self.records[key], ensure_ascii=False) + "\n" for key in sorted(self.records))
+        (path / PACKED).write_bytes(lzma.compress("".join(lines).encode(), preset=9))
 
 
 def metrics(config: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
@@ -152,30 +179,36 @@ def cell_costs(members: Sequence[Record]) -> dict[str, float]:
     return result
 
 
-def _take_up(file: Path) -> list[Record]:
-    """The records of a file that may end in the middle of a line, which is cut off."""
-    records, intact = _read_records(file)
-    if file.is_file() and intact < file.stat().st_size:
-        with file.open("r+b") as stream:
-            stream.truncate(intact)
-    return records
+def _all_records(path: Path) -> list[Record]:
+    """The complete records of all files of predictions in a directory."""
+    files = sorted(path.glob("predictions*.jsonl"))
+    records = [record for file in files for record in _read_records(file.read_bytes())[0]]
+    packed = path / PACKED
+    return (_read_records(lzma.decompress(packed.read_bytes()))[0] if packed.is_file() else []) + records
 
 
-def _read_records(file: Path) -> tuple[list[Record], int]:
-    """The complete records of a file, and the bytes that they take."""
+def _cut_off(file: Path) -> None:
+    """Cuts off the end of a file where that is not a complete record."""
+    if file.is_file():
+        intact = _read_records(file.read_bytes())[1]
+        if intact < file.stat().st_size:
+            os.truncate(file, intact)
+
+
+def _read_records(content: bytes) -> tuple[list[Record], int]:
+    """The complete records at the beginning of a file, and the bytes that they take."""
     records: list[Record] = []
     intact = 0
-    if file.is_file():
-        for line in file.read_bytes().splitlines(keepends=True):
-            try:
-                record = json.loads(line)
-                record_key(record)
-            except (ValueError, KeyError, TypeError):
-                break
-            if not line.endswith(b"\n"):
-                break
-            records.append(record)
-            intact += len(line)
+    for line in content.splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+            record_key(record)
+        except (ValueError, KeyError, TypeError):
+            break
+        if not line.endswith(b"\n"):
+            break
+        records.append(record)
+        intact += len(line)
     return records, intact
 
 
@@ -187,7 +220,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Replaces the file at once."""
-    draft = file.with_suffix(".tmp")
+    """Replaces the file at once; several processes may."""
+    draft = file.with_suffix(f".{os.getpid()}.tmp")
     draft.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
     draft.replace(file)

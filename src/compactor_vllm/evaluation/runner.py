@@ -1,19 +1,20 @@
 """Runs a grid of tasks, methods and retentions through the engine, batch by batch of samples.
 
-The samples of a batch go through every method and retention before the next batch begins, so that a run that is
-broken off compares all of them on the same samples.
+A batch of samples goes through every method and retention in one call, so that the engine always has enough to do, and
+a run that is broken off compares all of them on the same samples. Prompts are made and tokenised once a batch.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, Protocol
 
 from compactor_vllm.compression.compression_params import BatchCompressionParams
 from compactor_vllm.config import SamplingParams
-from compactor_vllm.errors import CompactorError
+from compactor_vllm.errors import CompactorError, InvalidInputError
 from compactor_vllm.evaluation.protocol import TwoPartPrompt, two_part_prompt
 from compactor_vllm.evaluation.run_config import Cell, RunConfig
 from compactor_vllm.evaluation.run_directory import Record, RunDirectory, record_key
@@ -35,14 +36,51 @@ class TaskSource:
     make: Callable[[int], Sample]
 
 
+@dataclass(frozen=True)
+class Shard:
+    """Share `index` of `count` equal shares of a run, which processes of their own work on.
+
+    Raises:
+        InvalidInputError: there is no such share.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise InvalidInputError(f"a shard is I/N with 0 <= I < N, not {self.index}/{self.count}")
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """From "0/4".
+
+        Raises:
+            InvalidInputError: it is something else.
+        """
+        index, _, count = text.partition("/")
+        if not index.isdecimal() or not count.isdecimal():
+            raise InvalidInputError(f"a shard looks like 0/4, not {text!r}")
+        return cls(int(index), int(count))
+
+    def of(self, sources: Sequence[TaskSource], batch_size: int) -> list[Batch]:
+        """The batches of this share, the same part of each source, in turn from one source after the other."""
+        batches = [(s, range(a, min(a + batch_size, s.count))) for s in sources for a in range(0, s.count, batch_size)]
+        return sorted(batches[self.index :: self.count], key=lambda batch: batch[1].start)
+
+
+Batch = tuple[TaskSource, range]
+Pair = tuple[Sample, Cell]
+
+
 class Measure(Protocol):
-    """What is measured of samples under a method and retention."""
+    """What is measured of samples under methods and retentions."""
 
     def prepare(self, samples: Sequence[Sample]) -> None:
         """Called once for each batch, before its cells."""
 
-    def measure(self, samples: Sequence[Sample], cell: Cell) -> list[Record]:
-        """One record a sample, without what identifies it."""
+    def measure(self, pairs: Sequence[Pair]) -> list[Record]:
+        """One record for each sample under a cell, without what identifies it; in one call of the engine."""
 
 
 def run_grid(
@@ -52,45 +90,63 @@ def run_grid(
     directory: RunDirectory,
     *,
     batch_size: int = 8,
+    shard: Shard | None = None,
+    apart: bool = False,
+    time_limit: float | None = None,
     show_progress: bool = False,
-) -> None:
+) -> bool:
     """Measures what the directory does not have yet, and writes its metrics.
+
+    Args:
+        batch_size: samples that go through all cells together.
+        shard: the share of the work that is done here; None is all of it.
+        apart: a call for each cell, so that each can be timed.
+        time_limit: seconds after which no batch begins that would end later, judged by the longest one so far.
+
+    Returns:
+        whether everything has been measured that was to be measured here.
 
     Raises:
         InvalidInputError: a sample cannot be made, or is too long for the model.
         CompactorError: the engine could not finish an answer; what was computed before is kept.
     """
-    total = sum(source.count for source in sources) * len(cells)
-    with batch_progress(total, show_progress) as report:
-        done = 0
-        for source in sources:
-            for begin in range(0, source.count, batch_size):
-                indices = range(begin, min(begin + batch_size, source.count))
-                _run_batch(source, indices, cells, measure, directory)
-                done += len(indices) * len(cells)
-                report(done)
-                directory.write_metrics()
+    mine = (shard or Shard()).of(sources, batch_size)
+    began, longest, done = time.monotonic(), 0.0, 0
+    with batch_progress(sum(len(indices) for _, indices in mine) * len(cells), show_progress) as report:
+        for source, indices in mine:
+            started = time.monotonic()
+            if time_limit is not None and started - began + longest > time_limit:
+                return False
+            _run_batch(source, indices, cells, measure, directory, apart)
+            longest = max(longest, time.monotonic() - started)
+            done += len(indices) * len(cells)
+            report(done)
+    directory.write_metrics()
+    return True
 
 
 def _run_batch(
-    source: TaskSource, indices: range, cells: Sequence[Cell], measure: Measure, directory: RunDirectory
+    source: TaskSource,
+    indices: range,
+    cells: Sequence[Cell],
+    measure: Measure,
+    directory: RunDirectory,
+    apart: bool,
 ) -> None:
-    heads = {
-        (cell.choice.label, cell.retention): [
-            head for head in _heads(source, indices, cell) if record_key(head) not in directory.records
-        ]
+    missing = [
+        (head, cell)
         for cell in cells
-    }
-    wanted = sorted({head["index"] for missing in heads.values() for head in missing})
-    if not wanted:
+        for head in _heads(source, indices, cell)
+        if record_key(head) not in directory.records
+    ]
+    if not missing:
         return
-    samples = {index: source.make(index) for index in wanted}
+    samples = {index: source.make(index) for index in sorted({head["index"] for head, _ in missing})}
     measure.prepare(list(samples.values()))
-    for cell in cells:
-        missing = heads[cell.choice.label, cell.retention]
-        if missing:
-            results = measure.measure([samples[head["index"]] for head in missing], cell)
-            directory.append([head | result for head, result in zip(missing, results, strict=True)])
+    calls = [list(part) for _, part in groupby(missing, key=lambda pair: pair[1])] if apart else [missing]
+    for call in calls:
+        results = measure.measure([(samples[head["index"]], cell) for head, cell in call])
+        directory.append([head | result for (head, _), result in zip(call, results, strict=True)])
 
 
 def _heads(source: TaskSource, indices: range, cell: Cell) -> Iterator[Record]:
@@ -150,11 +206,17 @@ def costs(sequence: Any) -> Record:
     }
 
 
+def prompts_of(tokenizer: Any, samples: Iterable[Sample], query_aware: bool) -> dict[int, TwoPartPrompt]:
+    """The prompt of every sample, by its `id`, each made once."""
+    unique = {id(sample): sample for sample in samples}
+    return {key: prompt_of(tokenizer, sample, query_aware) for key, sample in unique.items()}
+
+
 class Answers:
     """Greedy answers and their scores.
 
     Records: "prediction", "answers", "score" in [0, 1], "metric" under kvpress's name, "depth" and "groups" where the
-    sample has them, costs, and the share of the call's seconds and tokens.
+    sample has them, and costs. Calls of one cell add their tokens and seconds, in equal shares.
     """
 
     def __init__(self, llm: Any, config: RunConfig):
@@ -163,19 +225,25 @@ class Answers:
     def prepare(self, samples: Sequence[Sample]) -> None:
         """Nothing to do."""
 
-    def measure(self, samples: Sequence[Sample], cell: Cell) -> list[Record]:
-        prompts = [prompt_of(self._llm.tokenizer, sample, self._config.query_aware) for sample in samples]
+    def measure(self, pairs: Sequence[Pair]) -> list[Record]:
+        prompts = prompts_of(self._llm.tokenizer, (sample for sample, _ in pairs), self._config.query_aware)
+        ordered = [prompts[id(sample)] for sample, _ in pairs]
         began = time.perf_counter()
         sequences = self._llm.generate(
-            [prompt.token_ids for prompt in prompts],
-            [self._sampling(sample) for sample in samples],
+            [prompt.token_ids for prompt in ordered],
+            [self._sampling(sample) for sample, _ in pairs],
             batch_params(self._config),
-            [cell.params(self._config, prompt.context_end) for prompt in prompts],
+            [cell.params(self._config, prompt.context_end) for (_, cell), prompt in zip(pairs, ordered, strict=True)],
             return_sequences=True,
         )
-        seconds = (time.perf_counter() - began) / len(samples)
+        seconds = (time.perf_counter() - began) / len(pairs)
         check_finished(sequences)
-        return [self._record(*pair, seconds) for pair in zip(samples, sequences, strict=True)]
+        records = [self._record(sample, sequence) for (sample, _), sequence in zip(pairs, sequences, strict=True)]
+        if all(cell == pairs[0][1] for _, cell in pairs):
+            for record, sequence in zip(records, sequences, strict=True):
+                record["seconds"] = round(seconds, 4)
+                record["tokens"] = len(sequence.prompt_token_ids) + len(sequence.output_token_ids)
+        return records
 
     def _sampling(self, sample: Sample) -> SamplingParams:
         limit = sample.max_new_tokens
@@ -184,15 +252,13 @@ class Answers:
         return replace(SamplingParams(temperature=0), max_new_tokens=limit)
 
     @staticmethod
-    def _record(sample: Sample, sequence: Any, seconds: float) -> Record:
+    def _record(sample: Sample, sequence: Any) -> Record:
         record: Record = {
             "prediction": sequence.text,
             "answers": sample.answers,
             "score": score(sample, sequence.text),
             "metric": REPORTED_NAMES.get(sample.metric, sample.metric),
             **costs(sequence),
-            "seconds": round(seconds, 4),
-            "tokens": len(sequence.prompt_token_ids) + len(sequence.output_token_ids),
         }
         if sample.depth is not None:
             record["depth"] = round(sample.depth, 4)
