@@ -242,6 +242,7 @@ def _suite_command(suite: str) -> Callable[..., None]:
             device=device,
             dtype=dtype,
             kv_cache_memory_bytes=pool_bytes(device, processes),
+            prefix_cache=False,  # no prefix is asked for twice
             show_progress_bar=False,
         )
         choices = method_choices(method)
