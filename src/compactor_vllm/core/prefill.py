@@ -191,12 +191,18 @@ class PrefillJob:
             self.logits[item.request] = row
 
     def _score_prompt(self, item: PrefillItem, x_RE: Tensor) -> None:
-        request, count = item.request, item.request.sequence.sampling_params.prompt_logprobs or 0
-        tokens = request.sequence.prompt_token_ids[item.part.begin : item.part.end]
+        request, sequence = item.request, item.request.sequence
+        count, first = sequence.sampling_params.prompt_logprobs or 0, sequence.prompt_logprobs_from
+        tokens = sequence.prompt_token_ids[item.part.begin : item.part.end]
         result = self.prompt_logprobs.setdefault(request, [])
         previous = self._last_row.get(request)
-        result += [None] if previous is None else top_logprobs(previous[None], _ids(tokens[:1], previous), count)
-        for a in range(0, len(tokens) - 1, LOGIT_ROWS):
+        if previous is None or item.part.begin < first:
+            result.append(None)
+        else:
+            result += top_logprobs(previous[None], _ids(tokens[:1], previous), count)
+        unwanted = min(max(first - item.part.begin - 1, 0), len(tokens) - 1)
+        result += [None] * unwanted
+        for a in range(unwanted, len(tokens) - 1, LOGIT_ROWS):
             b = min(a + LOGIT_ROWS, len(tokens) - 1)
             logits = self.runner.model.logits(x_RE[a:b])
             result += top_logprobs(logits, _ids(tokens[a + 1 : b + 1], logits), count)

@@ -31,6 +31,7 @@ class Sequence:
         prompt_token_ids: the prompt.
         sampling_params, compression_params, batch_compression_params: what was asked; never changed.
         make_constraint: makes the `TokenConstraint` of one completion (see layers/penalties.py); None for no limits.
+        prompt_logprobs_from: first prompt token whose log-probabilities are computed, if they are asked for.
         cache_salt: prompts share cached prefixes only with prompts of the same salt.
         context: the `Context` that the prompt begins with, or None; its tokens are the first ones of the prompt.
 
@@ -38,7 +39,7 @@ class Sequence:
         output_token_ids, text: what was generated; stop strings and end tokens are not part of the text.
         finish_reason: "stop" (end token or stop string), "length", "abort" or "error".
         logprobs: per output token, token id -> natural log-probability, if asked.
-        prompt_logprobs: the same per prompt token; None for the first.
+        prompt_logprobs: the same per prompt token; None for the first, and before `prompt_logprobs_from`.
         status: where the sequence is.
         kept_tokens: prompt tokens kept per layer and KV head, mean rounded up.
         kept_fraction: kept (token, layer, head) triples over all of the prompt.
@@ -54,6 +55,7 @@ class Sequence:
     compression_params: SequenceCompressionParams = field(default_factory=SequenceCompressionParams)
     batch_compression_params: BatchCompressionParams = field(default_factory=BatchCompressionParams)
     make_constraint: Callable[[], Any] | None = None
+    prompt_logprobs_from: int = 0
     cache_salt: str = ""
     context: Any = None
     output_token_ids: list[int] = field(default_factory=list)
