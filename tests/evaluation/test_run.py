@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from compactor_vllm import LLM, LLMConfig, SamplingParams, Sequence, SequenceCompressionParams
 from compactor_vllm.cli.main import main
 from compactor_vllm.cli.many_values import repeated
 from compactor_vllm.errors import CompactorError, InvalidInputError
@@ -363,6 +364,24 @@ def test_processes_share_a_run(tiny_checkpoint: Path, tmp_path: Path, capfd) -> 
     assert sorted(len(file.read_text().splitlines()) for file in out.glob("predictions-*-of-2.jsonl")) == [1, 1]
     code, _, errors = call(capfd, *arguments, "--method", "compactor[nonsense=1]")
     assert code == 2 and "of 2 failed" in errors
+
+
+@pytest.mark.parametrize("first", [0, 1, 30, 40, 41, 55, 64])
+def test_log_probabilities_from_one_token_on(tiny_checkpoint: Path, first: int) -> None:
+    tokens = [(7 * i) % 250 for i in range(64)]
+    with LLM(LLMConfig(model=str(tiny_checkpoint), device="cpu", show_progress_bar=False)) as llm:
+        whole, part = (
+            Sequence(
+                prompt_token_ids=tokens,
+                sampling_params=SamplingParams(temperature=0, max_new_tokens=1, prompt_logprobs=2),
+                compression_params=SequenceCompressionParams(context_end=40),  # two segments
+                prompt_logprobs_from=begin,
+            )
+            for begin in (0, first)
+        )
+        llm.generate_from_sequences([whole, part])
+    assert whole.prompt_logprobs[0] is None and all(len(entry) >= 2 for entry in whole.prompt_logprobs[1:])
+    assert part.prompt_logprobs == [None] * first + whole.prompt_logprobs[first:]
 
 
 def test_label_free_of_the_full_cache_is_no_change(tiny_checkpoint: Path, tmp_path: Path, capsys) -> None:

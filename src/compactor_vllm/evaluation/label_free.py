@@ -7,7 +7,8 @@ compressed one, all from one prefill in which they are the end of the prompt (te
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from compactor_vllm.evaluation.run_directory import Record
 from compactor_vllm.evaluation.runner import Pair, batch_params, check_finished, costs, prompts_of
 from compactor_vllm.evaluation.tasks.haystack import Prose
 from compactor_vllm.evaluation.tasks.sample import Sample, sample_rng
+from compactor_vllm.utils.sequence import Sequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,7 +40,7 @@ def continuation_sample(
     target: int = 64,
     seed: int = 0,
     index: int = 0,
-    text: Sequence[str] | None = None,
+    text: SequenceOf[str] | None = None,
 ) -> Sample:
     """A text of `length` tokens whose last `target` tokens are to be predicted, without chat template.
 
@@ -75,14 +77,14 @@ class LabelFree:
         self._full: dict[int, tuple[list[Distribution], Any]] = {}
         self._targets: dict[int, list[int]] = {}
 
-    def prepare(self, samples: Sequence[Sample]) -> None:
+    def prepare(self, samples: SequenceOf[Sample]) -> None:
         """Predicts the targets with the full cache."""
         self._targets = {id(sample): self._target(sample) for sample in samples}
         cell = Cell(choice=MethodChoice(label=FULL_CACHE, method=FULL_CACHE), retention=1.0)
         results = self._predict([(sample, cell) for sample in samples])
         self._full = {id(sample): result for sample, result in zip(samples, results, strict=True)}
 
-    def measure(self, pairs: Sequence[Pair]) -> list[Record]:
+    def measure(self, pairs: SequenceOf[Pair]) -> list[Record]:
         compressed = iter(self._predict([pair for pair in pairs if pair[1].choice.label != FULL_CACHE]))
         records = []
         for sample, cell in pairs:
@@ -95,24 +97,28 @@ class LabelFree:
         text = sample.answers[0] if not sample.chat else " " + ", ".join(sample.answers)
         return self._llm.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _predict(self, pairs: Sequence[Pair]) -> list[tuple[list[Distribution], Any]]:
+    def _predict(self, pairs: SequenceOf[Pair]) -> list[tuple[list[Distribution], Any]]:
         if not pairs:
             return []
         prompts = prompts_of(self._llm.tokenizer, (sample for sample, _ in pairs), self._config.query_aware)
         ordered = [prompts[id(sample)] for sample, _ in pairs]
         targets = [self._targets[id(sample)] for sample, _ in pairs]
-        sequences = self._llm.generate(
-            [prompt.token_ids + target for prompt, target in zip(ordered, targets, strict=True)],
-            SamplingParams(temperature=0, max_new_tokens=1, prompt_logprobs=TOP_TOKENS),
-            batch_params(self._config),
-            [cell.params(self._config, prompt.context_end) for (_, cell), prompt in zip(pairs, ordered, strict=True)],
-            return_sequences=True,
-        )
+        sequences = [
+            Sequence(
+                prompt_token_ids=prompt.token_ids + target,
+                sampling_params=SamplingParams(temperature=0, max_new_tokens=1, prompt_logprobs=TOP_TOKENS),
+                compression_params=cell.params(self._config, prompt.context_end),
+                batch_compression_params=batch_params(self._config),
+                prompt_logprobs_from=len(prompt.token_ids),
+            )
+            for (_, cell), prompt, target in zip(pairs, ordered, targets, strict=True)
+        ]
+        self._llm.generate_from_sequences(sequences)
         check_finished(sequences)
         return [(s.prompt_logprobs[-len(t) :], s) for s, t in zip(sequences, targets, strict=True)]
 
 
-def compare(full: Sequence[Distribution], own: Sequence[Distribution], target: Sequence[int]) -> Record:
+def compare(full: SequenceOf[Distribution], own: SequenceOf[Distribution], target: SequenceOf[int]) -> Record:
     """The measures of one target from the distributions before each of its tokens.
 
     Every distribution has the target's token among its entries.
