@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import random
 
 import numpy as np
@@ -11,81 +11,122 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from compactor_vllm.contexts import tensor_file
 from compactor_vllm.contexts.file_format import (
     ContextFileError,
     ContextHeader,
-    SavedContext,
+    ContextReader,
+    ContextWriter,
     SavedSegment,
-    read_context,
-    write_context,
 )
-from compactor_vllm.contexts.rows import LayerRows, data_of, rows_of
 from compactor_vllm.kv_cache.layer_cache import LayerKV
 
 LAYERS = (LayerKV(kv_heads=3, k_dim=8, v_dim=4), LayerKV(kv_heads=2, k_dim=8, v_dim=8))
 LENS = np.array([[5, 0, 17], [1, 16, 0]])
-PAGE_BYTES = 16 * 16 * 2
+SEGMENTS = [SavedSegment(lens_LK=LENS, num_tokens=20), SavedSegment(lens_LK=LENS // 2, num_tokens=10)]
+HEADER = ContextHeader(
+    model="m",
+    fingerprint="f",
+    dtype="bfloat16",
+    methods=("a", "b"),
+    chat_suffix="</s>",
+    chat_joint="<u>",
+    pending_ids=(3,),
+)
 
 
-def rows(lens_LK: np.ndarray, begin: int = 0) -> list[LayerRows]:
-    made = []
-    for layer, lens_K in zip(LAYERS, lens_LK, strict=True):
-        n = int(lens_K.sum())
-        positions = np.concatenate([begin + np.arange(length) for length in lens_K])
-        made.append(
-            LayerRows(
-                k_ND=torch.randn(n, layer.k_dim).bfloat16(),
-                v_ND=torch.randn(n, layer.v_dim).bfloat16(),
-                positions_N=torch.from_numpy(positions).int(),
-                scores_N=torch.randn(n),
-            )
-        )
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Five rows of keys a block."""
+    monkeypatch.setattr(tensor_file, "BLOCK_BYTES", 80)
+
+
+def contents() -> dict[tuple[int, int, str], torch.Tensor]:
+    """Rows of every tensor."""
+    made, begin = {}, 0
+    for s, segment in enumerate(SEGMENTS):
+        for i, (layer, lens_K) in enumerate(zip(LAYERS, segment.lens_LK, strict=True)):
+            n = int(lens_K.sum())
+            positions = np.concatenate([begin + np.arange(length) for length in lens_K])
+            made[s, i, "positions"] = torch.from_numpy(positions).int()
+            made[s, i, "scores"] = torch.randn(n)
+            made[s, i, "k"] = torch.randn(n, layer.k_dim).bfloat16()
+            made[s, i, "v"] = torch.randn(n, layer.v_dim).bfloat16()
+        begin += segment.num_tokens
     return made
 
 
-def context() -> SavedContext:
-    header = ContextHeader(model="m", fingerprint="f", dtype="bfloat16", methods=("a", "b"), chat_suffix="</s>")
-    segments = [
-        SavedSegment(rows=rows(LENS), lens_LK=LENS, num_tokens=20),
-        SavedSegment(rows=rows(LENS // 2, 20), lens_LK=LENS // 2, num_tokens=10),
-    ]
-    return SavedContext(header=header, token_ids=list(range(30)), segments=segments)
+def write_context(path) -> dict[tuple[int, int, str], torch.Tensor]:
+    made = contents()
+    writer = ContextWriter(path, HEADER, range(30), SEGMENTS, LAYERS)
+    try:
+        for rows in writer.blocks():
+            writer.put(rows, made[rows[:3]][rows.first : rows.last])
+        writer.finish()
+    finally:
+        writer.close()
+    return made
 
 
-def same(a: LayerRows, b: LayerRows) -> bool:
-    pairs = ((a.k_ND, b.k_ND), (a.v_ND, b.v_ND), (a.positions_N, b.positions_N), (a.scores_N, b.scores_N))
-    return all(torch.equal(x, y) for x, y in pairs)
+def read_context(path, layers):
+    """Header, token ids and the rows of every tensor."""
+    reader = ContextReader(path, layers)
+    try:
+        pieces = {}
+        for rows, data in reader.blocks():
+            assert len(data) == rows.last - rows.first
+            pieces.setdefault(rows[:3], []).append(data)
+        return reader, {key: torch.cat(parts) for key, parts in pieces.items()}
+    finally:
+        reader.close()
 
 
 def test_what_was_written_is_read(tmp_path):
-    written = context()
-    write_context(tmp_path / "c", written)
-    read = read_context(tmp_path / "c", LAYERS)
-    assert read.header == written.header and read.token_ids == written.token_ids
-    for a, b in zip(read.segments, written.segments, strict=True):
-        assert a.num_tokens == b.num_tokens and np.array_equal(a.lens_LK, b.lens_LK)
-        assert all(same(x, y) for x, y in zip(a.rows, b.rows, strict=True))
+    written = write_context(tmp_path / "c")
+    reader, read = read_context(tmp_path / "c", LAYERS)
+    assert reader.header == HEADER and reader.token_ids == list(range(30))
+    assert [s.num_tokens for s in reader.segments] == [20, 10]
+    assert all(np.array_equal(a.lens_LK, b.lens_LK) for a, b in zip(reader.segments, SEGMENTS, strict=True))
+    assert read.keys() == {key for key, rows in written.items() if len(rows)}
+    assert all(torch.equal(read[key], written[key]) for key in read)
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
-@pytest.mark.parametrize("page", [4, 16])
-def test_rows_survive_pages_of_any_size(page):
-    made = rows(LENS)
-    data = data_of(made, LENS, 20, LAYERS, page, page * 16 * 2, torch.bfloat16)
-    assert data.pages.shape == (int((-(-LENS // page)).sum()), page * 16 * 2)
-    assert all(same(x, y) for x, y in zip(rows_of(data, LAYERS, page, torch.bfloat16), made, strict=True))
+def test_other_programs_can_read_the_file(tmp_path):
+    written = write_context(tmp_path / "c")
+    with safe_open(tmp_path / "c", framework="pt") as file:
+        assert torch.equal(file.get_tensor("1.0.v"), written[1, 0, "v"])
+        assert len(file.keys()) == 4 * 4 + 2 * 2 + 1
+
+
+def test_a_file_that_is_not_finished_leaves_the_old_one(tmp_path):
+    (tmp_path / "c").write_text("old")
+    writer = ContextWriter(tmp_path / "c", HEADER, range(30), SEGMENTS, LAYERS)
+    writer.close()
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def checksum(tensors) -> str:
+    """As the module's docstring defines it."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        rows = max(1, 80 // (tensor[0].numel() * tensor.element_size())) if len(tensor) else 1
+        total.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
+        for block in tensor.split(rows) if len(tensor) else ():
+            total.update(hashlib.sha256(block.contiguous().view(torch.uint8).numpy().tobytes()).digest())
+    return total.hexdigest()
 
 
 def change(path, edit):
     """Rewrites a file with changed tensors and metadata, its checksum made right again unless it is edited."""
-    from compactor_vllm.contexts.file_format import _digest
-
     with safe_open(path, framework="pt") as file:
         metadata, tensors = dict(file.metadata()), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     before = metadata["sha256"]
+    assert before == checksum(tensors)
     edit(metadata, tensors)
     if metadata.get("sha256") == before:
-        metadata["sha256"] = _digest(tensors)
+        metadata["sha256"] = checksum(tensors)
     save_file(tensors, path, metadata=metadata)
 
 
@@ -96,8 +137,8 @@ CHANGES = {
     "header is damaged": lambda m, t: m.update(header="{"),
     "is missing": lambda m, t: t.pop("0.1.v"),
     "no meaning": lambda m, t: t.update(extra=torch.zeros(1)),
-    "has shape": lambda m, t: t.update({"0.0.k": torch.zeros(22, 9).bfloat16()}),
-    "and type": lambda m, t: t.update({"0.0.positions": t["0.0.positions"].long()}),
+    "of shape": lambda m, t: t.update({"0.0.k": torch.zeros(22, 9).bfloat16()}),
+    "has type I64": lambda m, t: t.update({"0.0.positions": t["0.0.positions"].long()}),
     "do not ascend": lambda m, t: t["0.0.positions"].__setitem__(2, 0),
     "positions of layer 1 of segment 1 are impossible": lambda m, t: t["1.1.positions"].__setitem__(0, 3),
     "lengths of segment 0": lambda m, t: t["0.lens"].__setitem__((0, 0), 100),
@@ -108,14 +149,14 @@ CHANGES = {
 
 @pytest.mark.parametrize("message", CHANGES)
 def test_every_inconsistency_has_its_reason(tmp_path, message):
-    write_context(tmp_path / "c", context())
+    write_context(tmp_path / "c")
     change(tmp_path / "c", CHANGES[message])
     with pytest.raises(ContextFileError, match=message):
         read_context(tmp_path / "c", LAYERS)
 
 
 def test_other_layers_are_refused(tmp_path):
-    write_context(tmp_path / "c", context())
+    write_context(tmp_path / "c")
     with pytest.raises(ContextFileError, match="cannot be used"):
         read_context(tmp_path / "c", LAYERS[:1])
 
@@ -123,7 +164,7 @@ def test_other_layers_are_refused(tmp_path):
 def test_a_thousand_damaged_files_are_refused(tmp_path):
     """Flipped bytes, cuts and insertions anywhere in the file."""
     path = tmp_path / "c"
-    write_context(path, context())
+    write_context(path)
     good, rng = path.read_bytes(), random.Random(0)
     for _ in range(1000):
         bad = bytearray(good)
@@ -139,8 +180,8 @@ def test_a_thousand_damaged_files_are_refused(tmp_path):
             bad[at : at + 8] = rng.randbytes(8)
         path.write_bytes(bad)
         try:
-            read = read_context(path, LAYERS)
+            reader, _ = read_context(path, LAYERS)
         except ContextFileError:
             continue
         # A name in the header may change without harm; the data may not.
-        assert read.token_ids == list(range(30)), json.dumps(read.header.model)
+        assert reader.token_ids == list(range(30))

@@ -27,14 +27,19 @@ def make_manager(num_pages: int = PAGES, host_bytes: int = 10**7, max_segments: 
         dtype=torch.float32,
         device=torch.device("cpu"),
         host_bytes=host_bytes,
+        parked_limit=host_bytes,
     )
 
 
 class Contents:
-    """What a segment should hold: per layer and head a list of (stamp, position)."""
+    """What a segment should hold: per layer and head a list of (stamp, position); `frozen` while it may share pages."""
 
     def __init__(self, segment, rows):
-        self.segment, self.rows = segment, rows
+        self.segment, self.rows, self.frozen = segment, rows, False
+
+    @property
+    def private(self):
+        return not (self.segment.sealed or self.frozen or self.segment.parked)
 
 
 def fill(manager: KVCacheManager, lens_LK: np.ndarray, growth: int, stamp: int) -> Contents:
@@ -94,10 +99,10 @@ class SegmentMachine(RuleBasedStateMachine):
             return
         self.manager.free(segment)
 
-    @precondition(lambda self: any(not c.segment.sealed for c in self.live))
+    @precondition(lambda self: any(c.private for c in self.live))
     @rule(data=st.data())
     def decode_step(self, data):
-        private = [c for c in self.live if not c.segment.sealed]
+        private = [c for c in self.live if c.private]
         chosen = data.draw(st.lists(st.sampled_from(private), min_size=1, unique_by=id))
         free = self.manager.pages.num_free
         try:
@@ -116,10 +121,10 @@ class SegmentMachine(RuleBasedStateMachine):
                     contents.rows[layer][h].append((float(k[i, h, 0]), 77))
         self.manager.advance([c.segment for c in chosen])
 
-    @precondition(lambda self: any(not c.segment.sealed for c in self.live))
+    @precondition(lambda self: any(c.private for c in self.live))
     @rule(data=st.data())
     def compact(self, data):
-        contents = data.draw(st.sampled_from([c for c in self.live if not c.segment.sealed]))
+        contents = data.draw(st.sampled_from([c for c in self.live if c.private]))
         slots = torch.tensor([contents.segment.slot], dtype=torch.int32)
         for layer in range(LAYERS):
             ranks, counts = [], []
@@ -150,10 +155,10 @@ class SegmentMachine(RuleBasedStateMachine):
         if contents.segment.refs == 0:
             self.live.remove(contents)
 
-    @precondition(lambda self: any(not c.segment.sealed for c in self.live))
+    @precondition(lambda self: any(c.private for c in self.live))
     @rule(data=st.data())
     def offload(self, data):
-        contents = data.draw(st.sampled_from([c for c in self.live if not c.segment.sealed]))
+        contents = data.draw(st.sampled_from([c for c in self.live if c.private]))
         saved = self.manager.offload(contents.segment)
         assert saved is not None
         self.live.remove(contents)
@@ -172,13 +177,84 @@ class SegmentMachine(RuleBasedStateMachine):
         self.manager.discard(saved)
         self.live.append(Contents(segment, rows))
 
+    @precondition(lambda self: any(c.private for c in self.live))
+    @rule(data=st.data(), tokens=st.integers(0, 2))
+    def trim(self, data, tokens):
+        contents = data.draw(st.sampled_from([c for c in self.live if c.private]))
+        if min(len(rows) for layer in contents.rows for rows in layer) < tokens:
+            return
+        self.manager.trim(contents.segment, tokens)
+        contents.rows = [[rows[: len(rows) - tokens] for rows in layer] for layer in contents.rows]
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def join_full_pages(self, data):
+        """A segment that shares pages; its owners then go on, and are freed, in any order."""
+        present = [contents for contents in self.live if contents.segment.parked is None]
+        chosen = data.draw(st.lists(st.sampled_from(present), max_size=2, unique_by=id)) if present else []
+        parts = []
+        for contents in chosen:
+            full = min(len(rows) for layer in contents.rows for rows in layer) // PAGE
+            parts.append((contents, data.draw(st.integers(0, full))))
+        if not sum(pages for _, pages in parts):
+            return
+        free = self.manager.pages.num_free
+        try:
+            joined = self.manager.join([(contents.segment, pages) for contents, pages in parts])
+        except OutOfPagesError:
+            return
+        assert self.manager.pages.num_free == free
+        rows = [
+            [sum((c.rows[layer][h][: pages * PAGE] for c, pages in parts), []) for h in range(KV_HEADS)]
+            for layer in range(LAYERS)
+        ]
+        self.live.append(Contents(joined, rows))
+        for contents in (self.live[-1], *chosen):
+            contents.frozen = True
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def park(self, data):
+        contents = data.draw(st.sampled_from([c for c in self.live]))
+        if contents.segment.parked is None:
+            free = self.manager.pages.num_free
+            owned = self.manager.pages.owned_by(self.manager.page_ids(contents.segment))
+            assert self.manager.park(contents.segment)
+            assert self.manager.pages.num_free == free + owned
+
+    @precondition(lambda self: any(c.segment.parked for c in self.live))
+    @rule(data=st.data())
+    def bring_back(self, data):
+        contents = data.draw(st.sampled_from([c for c in self.live if c.segment.parked]))
+        free = self.manager.pages.num_free
+        try:
+            self.manager.bring_back(contents.segment)
+        except OutOfPagesError:
+            assert self.manager.pages.num_free == free and contents.segment.parked
+        contents.frozen = contents.frozen and contents.segment.parked is not None  # its pages are its own again
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def merge(self, data):
+        chosen = data.draw(st.lists(st.sampled_from(self.live), min_size=1, max_size=3, unique_by=id))
+        chosen = [contents for contents in chosen if contents.segment.parked is None]
+        free = self.manager.pages.num_free
+        try:
+            merged = self.manager.merge([contents.segment for contents in chosen]) if chosen else None
+        except OutOfPagesError:
+            assert self.manager.pages.num_free == free
+            return
+        if merged is not None:
+            rows = [[sum((c.rows[layer][h] for c in chosen), []) for h in range(KV_HEADS)] for layer in range(LAYERS)]
+            self.live.append(Contents(merged, rows))
+
     @invariant()
     def pages_are_owned_once(self):
-        self.manager.check_integrity([c.segment for c in self.live])
+        self.manager.check_integrity([c.segment for c in self.live if c.segment.parked is None])
 
     @invariant()
     def contents_are_intact(self):
-        for contents in self.live:
+        for contents in [c for c in self.live if c.segment.parked is None]:
             for layer in range(LAYERS):
                 longest = max(len(rows) for rows in contents.rows[layer])
                 held = gather_segment(self.manager.cache.layer(layer), contents.segment.slot, longest)
@@ -195,7 +271,7 @@ class SegmentMachine(RuleBasedStateMachine):
         for saved, _ in self.offloaded:
             self.manager.discard(saved)
         self.manager.check_integrity([])
-        assert self.manager.pages.num_free == PAGES and self.manager.host_bytes_used == 0
+        assert self.manager.pages.num_free == PAGES and self.manager.host_bytes_used == self.manager.parked_bytes == 0
 
 
 TestSegments = SegmentMachine.TestCase

@@ -51,8 +51,10 @@ class LLMConfig:
         enforce_eager: never capture CUDA graphs.
         leverage_sketch_size: columns of the random sketch of Compactor's leverage scores.
         max_decode_stall_ms: longest pause of running sequences while a prompt is prefilled.
-        prefix_cache: keep compressed prefixes (`context_end`) for later prompts that begin with the same one, as long
-            as nobody needs their pages.
+        prefix_cache: keep prefixes for later prompts that begin with the same one, as long as nobody needs their pages:
+            contexts (`context_end`) whole, tokens that are kept whole by their full pages.
+        context_host_bytes: host memory (page-locked on a GPU) for contexts that nobody uses at present, when others need
+            their pages. None is half of what the memory plan has for preempted sequences and contexts; 0 is none.
         rope_scaling: replaces the checkpoint's RoPE scaling.
         chat_template: replaces the checkpoint's chat template (Jinja source).
         revision: branch, tag or commit of a hub id.
@@ -80,6 +82,7 @@ class LLMConfig:
     leverage_sketch_size: int = 48
     max_decode_stall_ms: float = 50
     prefix_cache: bool = True
+    context_host_bytes: int | None = None
     rope_scaling: dict[str, Any] | None = None
     chat_template: str | None = None
     revision: str | None = None
@@ -104,6 +107,9 @@ class LLMConfig:
             raise ConfigError(f"max_decode_stall_ms must be a positive number, not {self.max_decode_stall_ms!r}")
         if not isinstance(self.prefix_cache, bool):
             raise ConfigError(f"prefix_cache must be True or False, not {self.prefix_cache!r}")
+        host_bytes = self.context_host_bytes
+        if host_bytes is not None and (not isinstance(host_bytes, int) or isinstance(host_bytes, bool) or host_bytes < 0):
+            raise ConfigError(f"context_host_bytes must be an integer of at least 0 or None, not {host_bytes!r}")
         _one_of("kvcache_page_size", self.kvcache_page_size, PAGE_SIZES)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("device", self.device, ("auto", "cuda", "cpu"))

@@ -2,30 +2,31 @@
 
 Tensors, for segment s and layer l: "s.l.k", "s.l.v" (rows in (head, rank) order), "s.l.positions", "s.l.scores"; for
 segment s "s.lens" (int32 [layers, heads]) and "s.num_tokens"; and "token_ids". The header's metadata are strings: see
-`ContextHeader`; "sha256" is over the bytes of all tensors in the order of their names.
+`ContextHeader`; the checksum is that of `contexts.tensor_file`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from compactor_vllm.contexts.rows import LayerRows
-from compactor_vllm.errors import InvalidInputError
+from compactor_vllm.contexts.tensor_file import ContextFileError, TensorFile, TensorFileWriter
 from compactor_vllm.kv_cache.layer_cache import LayerKV
+
+__all__ = ["ContextFileError", "ContextHeader", "ContextReader", "ContextWriter", "Rows", "SavedSegment", "model_of"]
 
 FORMAT = "compactor-vllm context"
 VERSION = 1
-
-
-class ContextFileError(InvalidInputError):
-    """A file that is not a context, is damaged, or belongs to another model."""
+KINDS = ("positions", "scores", "k", "v")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,8 @@ class ContextHeader:
         dtype: of keys and values, such as "bfloat16".
         methods: for each segment, the method and its options as text, for people.
         chat_suffix: what follows a question in a conversation; None for plain text.
+        chat_joint: what stands between the context and the next question of a conversation.
+        pending_ids: tokens before that, which belong to the context and are not cached.
     """
 
     model: str
@@ -45,82 +48,213 @@ class ContextHeader:
     dtype: str
     methods: tuple[str, ...]
     chat_suffix: str | None
+    chat_joint: str = ""
+    pending_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class SavedSegment:
-    """One segment: rows of every layer, kept tokens per layer and head, and the tokens that it stands for."""
+    """Kept tokens per layer and head of a segment, and the tokens that it stands for."""
 
-    rows: list[LayerRows]
     lens_LK: np.ndarray
     num_tokens: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class SavedContext:
-    """The contents of a file."""
+class Rows(NamedTuple):
+    """Rows [first, first + len(data)) of one tensor of a layer, or of where they are to go.
 
-    header: ContextHeader
-    token_ids: list[int]
-    segments: list[SavedSegment]
+    `kind` is "positions" (int32 [N]), "scores" (float32 [N]), "k" or "v" ([N, D]), N in (head, rank) order.
+    """
 
-
-def write_context(path: Path, context: SavedContext) -> None:
-    """Writes a file; an existing one is replaced only when the new one is complete."""
-    from safetensors.torch import save_file
-
-    tensors: dict[str, Tensor] = {"token_ids": torch.tensor(context.token_ids, dtype=torch.int32)}
-    for s, segment in enumerate(context.segments):
-        tensors[f"{s}.lens"] = torch.from_numpy(segment.lens_LK.astype(np.int32))
-        tensors[f"{s}.num_tokens"] = torch.tensor([segment.num_tokens], dtype=torch.int32)
-        for i, rows in enumerate(segment.rows):
-            tensors |= {f"{s}.{i}.k": rows.k_ND, f"{s}.{i}.v": rows.v_ND}
-            tensors |= {f"{s}.{i}.positions": rows.positions_N, f"{s}.{i}.scores": rows.scores_N}
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    metadata = {
-        "format": FORMAT,
-        "version": str(VERSION),
-        "segments": str(len(context.segments)),
-        "sha256": _digest(tensors),
-        "header": json.dumps(asdict(context.header)),
-    }
-    temporary = path.with_name(path.name + ".part")
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    segment: int
+    layer: int
+    kind: str
+    first: int
+    last: int
 
 
-def read_context(path: Path, layers: tuple[LayerKV, ...]) -> SavedContext:
-    """Reads and checks a file completely.
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+class ContextWriter:
+    """Writes a file; an existing one is replaced by `finish`. Whatever happens, `close` must follow.
+
+    Every one of `blocks` is to be `put`.
+
+    Args:
+        layers: what each layer stores.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        header: ContextHeader,
+        token_ids: Sequence[int],
+        segments: Sequence[SavedSegment],
+        layers: tuple[LayerKV, ...],
+    ):
+        small = {"token_ids": torch.tensor(token_ids, dtype=torch.int32)}
+        for s, segment in enumerate(segments):
+            small[f"{s}.lens"] = torch.from_numpy(segment.lens_LK.astype(np.int32))
+            small[f"{s}.num_tokens"] = torch.tensor([segment.num_tokens], dtype=torch.int32)
+        self._large = _row_tensors(segments, layers, getattr(torch, header.dtype))
+        by_size = sorted(self._large.items(), key=lambda item: -item[1][0].itemsize)  # stable
+        metadata = {
+            "format": FORMAT,
+            "version": str(VERSION),
+            "segments": str(len(segments)),
+            "header": json.dumps(asdict(header)),
+        }
+        shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in small.items()}
+        self._file = TensorFileWriter(path, shapes | dict(by_size), metadata)
+        for name, tensor in small.items():
+            for first, last in self._file.entries[name].blocks():
+                self._file.put(name, first, tensor[first:last])
+
+    def blocks(self) -> Iterator[Rows]:
+        """What is to be put, layer by layer."""
+        for name in self._large:
+            segment, layer, kind = name.split(".")
+            for first, last in self._file.entries[name].blocks():
+                yield Rows(int(segment), int(layer), kind, first, last)
+
+    def put(self, rows: Rows, data: Tensor, ready: Callable[[], object] = lambda: None) -> None:
+        """Writes one block; see `TensorFileWriter.put`."""
+        self._file.put(f"{rows.segment}.{rows.layer}.{rows.kind}", rows.first, data, ready)
+
+    def finish(self) -> None:
+        """Completes the file and puts it in its place."""
+        self._file.finish()
+
+    def close(self) -> None:
+        """Drops what was not finished."""
+        self._file.close()
+
+
+def _row_tensors(
+    segments: Sequence[SavedSegment], layers: tuple[LayerKV, ...], dtype: torch.dtype
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Type and shape of every tensor of rows."""
+    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for s, segment in enumerate(segments):
+        for i, (layer, lens_K) in enumerate(zip(layers, segment.lens_LK, strict=True)):
+            n = int(lens_K.sum())
+            tensors[f"{s}.{i}.positions"] = (torch.int32, (n,))
+            tensors[f"{s}.{i}.scores"] = (torch.float32, (n,))
+            tensors[f"{s}.{i}.k"] = (dtype, (n, layer.k_dim))
+            tensors[f"{s}.{i}.v"] = (dtype, (n, layer.v_dim))
+    return tensors
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+class ContextReader:
+    """A file that is open for reading: what it says of itself, checked, and then its rows. `close` must follow.
 
     Args:
         layers: what the model at hand stores; a file with other layers is refused.
 
+    Attributes:
+        header, token_ids, segments: what it holds.
+
     Raises:
         ContextFileError: the file cannot be used; the message says why.
     """
+
+    def __init__(self, path: Path, layers: tuple[LayerKV, ...]):
+        self.path, self._layers = path, layers
+        with _refusing(path):
+            self._file = TensorFile(path)
+            try:
+                self._read()
+            except BaseException:
+                self._file.close()
+                raise
+
+    def _read(self) -> None:
+        file, layers = self._file, self._layers
+        self.header, count = _read_header(file.metadata)
+        self.segments = [self._read_segment(s) for s in range(count)]
+        dtype = getattr(torch, self.header.dtype)
+        self._rows = _row_tensors(self.segments, layers, dtype)
+        small = {"token_ids", *(f"{s}.{what}" for s in range(count) for what in ("lens", "num_tokens"))}
+        for name, (kind, shape) in self._rows.items():
+            self._expect(name, kind, shape)
+        unknown = sorted(file.entries.keys() - self._rows.keys() - small)
+        if unknown:
+            raise ContextFileError(f"it has tensors of no meaning: {unknown[:3]}")
+        self._expect("token_ids", torch.int32, (sum(segment.num_tokens for segment in self.segments),))
+        self.token_ids: list[int] = file.read("token_ids").tolist()
+        if any(token < 0 for token in self.token_ids):
+            raise ContextFileError("its token ids are impossible")
+
+    def _read_segment(self, s: int) -> SavedSegment:
+        heads = max(layer.kv_heads for layer in self._layers)
+        self._expect(f"{s}.lens", torch.int32, (len(self._layers), heads))
+        self._expect(f"{s}.num_tokens", torch.int32, (1,))
+        lens_LK = self._file.read(f"{s}.lens").numpy().astype(np.int64)
+        num_tokens = int(self._file.read(f"{s}.num_tokens"))
+        if lens_LK.min() < 0 or num_tokens < 1 or lens_LK.max() > num_tokens:
+            raise ContextFileError(f"the lengths of segment {s} are impossible")
+        for i, (layer, lens_K) in enumerate(zip(self._layers, lens_LK, strict=True)):
+            if lens_K[layer.kv_heads :].any():
+                raise ContextFileError(f"layer {i} of segment {s} has heads that the model has not")
+        return SavedSegment(lens_LK=lens_LK, num_tokens=num_tokens)
+
+    def _expect(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        entry = self._file.entries.get(name)
+        if entry is None:
+            raise ContextFileError(f"tensor {name!r} is missing")
+        if entry.dtype != dtype or entry.shape != shape:
+            wanted = f"{list(shape)} and type {dtype} do not fit together"
+            raise ContextFileError(f"tensor {name!r} of shape {list(entry.shape)} and type {entry.dtype}: {wanted}")
+
+    def blocks(self, pinned: bool = False) -> Iterator[tuple[Rows, Tensor]]:
+        """All rows, in the order of a writer's `blocks`; checked as a whole when the iterator ends, not before.
+
+        Args:
+            pinned: put them into page-locked memory.
+
+        Raises:
+            ContextFileError: the data are damaged or inconsistent.
+        """
+        positions: list[Tensor] = []
+        with _refusing(self.path):
+            for name, first, data in self._file.blocks(self._rows, pinned):
+                s, i, kind = name.split(".")
+                rows = Rows(int(s), int(i), kind, first, first + len(data))
+                if kind == "positions":
+                    positions = [*positions, data] if first else [data]
+                    if rows.last == self._rows[name][1][0]:
+                        self._check_positions(rows, torch.cat(positions).numpy())
+                yield rows, data
+            self._file.check()
+
+    def _check_positions(self, rows: Rows, positions_N: np.ndarray) -> None:
+        """Positions lie inside of the segment and ascend inside every head."""
+        where = f"layer {rows.layer} of segment {rows.segment}"
+        begin = sum(segment.num_tokens for segment in self.segments[: rows.segment])
+        end, lens_K = begin + self.segments[rows.segment].num_tokens, self.segments[rows.segment].lens_LK[rows.layer]
+        if not begin <= positions_N.min() <= positions_N.max() < end:
+            raise ContextFileError(f"positions of {where} are impossible")
+        begins = (np.cumsum(lens_K) - lens_K)[lens_K > 0]
+        descends = np.diff(positions_N) <= 0
+        descends[begins[1:] - 1] = False
+        if descends.any():
+            raise ContextFileError(f"positions of {where} do not ascend")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """Puts the file's name in front of what is wrong with it."""
     try:
-        metadata, tensors = _read(path)
-        header, count = _read_header(metadata)
-        if _digest(tensors) != metadata.get("sha256"):
-            raise ContextFileError("its data do not match their checksum")
-        segments: list[SavedSegment] = []
-        for s in range(count):
-            begin = sum(segment.num_tokens for segment in segments)
-            segments.append(_read_segment(tensors, s, begin, layers))
-        token_ids = _tensor(tensors, "token_ids", (None,), torch.int32).tolist()
+        yield
     except ContextFileError as error:
         raise ContextFileError(f"{path} cannot be used as a context: {error}") from error
-    if tensors:
-        raise ContextFileError(
-            f"{path} cannot be used as a context: it has tensors of no meaning: {sorted(tensors)[:3]}"
-        )
-    expected = sum(segment.num_tokens for segment in segments)
-    if expected != len(token_ids) or any(token < 0 for token in token_ids):
-        raise ContextFileError(f"{path} cannot be used as a context: its segments and token ids do not fit together")
-    return SavedContext(header=header, token_ids=token_ids, segments=segments)
 
 
 def model_of(path: Path) -> str:
@@ -129,27 +263,8 @@ def model_of(path: Path) -> str:
     Raises:
         ContextFileError: it is not a context.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        if not path.is_file():
-            raise ContextFileError("there is no such file")
-        with safe_open(path, framework="pt") as file:
-            return _read_header(dict(file.metadata() or {}))[0].model
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ContextFileError(f"{path} cannot be used as a context: {error}") from error
-
-
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise ContextFileError("there is no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
-        raise ContextFileError(f"it is not a readable safetensors file ({error})") from error
+    with _refusing(path), TensorFile(path) as file:
+        return _read_header(file.metadata)[0].model
 
 
 def _read_header(metadata: dict[str, str]) -> tuple[ContextHeader, int]:
@@ -159,66 +274,13 @@ def _read_header(metadata: dict[str, str]) -> tuple[ContextHeader, int]:
         raise ContextFileError(f"its format is version {metadata.get('version')!r}; this version reads {VERSION}")
     try:
         fields, count = json.loads(metadata["header"]), int(metadata["segments"])
-        header = ContextHeader(**{**fields, "methods": tuple(fields["methods"])})
-    except (KeyError, TypeError, ValueError) as error:
+        tuples = {name: tuple(fields.get(name, ())) for name in ("methods", "pending_ids")}
+        header = ContextHeader(**{**fields, **tuples})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ContextFileError("its header is damaged") from error
-    texts = (header.model, header.fingerprint, header.dtype, *header.methods)
+    texts = (header.model, header.fingerprint, header.dtype, header.chat_joint, *header.methods)
     good = all(isinstance(x, str) for x in texts) and isinstance(header.chat_suffix, str | None)
-    if not good or not 1 <= count <= 8 or header.dtype not in ("float32", "bfloat16", "float16"):
+    good = good and all(type(token) is int and token >= 0 for token in header.pending_ids)
+    if not good or not 1 <= count <= 8 or header.dtype not in DTYPES:
         raise ContextFileError("its header is damaged")
     return header, count
-
-
-def _read_segment(tensors: dict[str, Tensor], s: int, begin: int, layers: tuple[LayerKV, ...]) -> SavedSegment:
-    """Segment `s`, whose tokens are those from `begin` on."""
-    heads = max(layer.kv_heads for layer in layers)
-    lens_LK = _tensor(tensors, f"{s}.lens", (len(layers), heads), torch.int32).numpy().astype(np.int64)
-    num_tokens = int(_tensor(tensors, f"{s}.num_tokens", (1,), torch.int32))
-    if lens_LK.min() < 0 or num_tokens < 1 or lens_LK.max() > num_tokens:
-        raise ContextFileError(f"the lengths of segment {s} are impossible")
-    rows = []
-    for i, (layer, lens_K) in enumerate(zip(layers, lens_LK, strict=True)):
-        if lens_K[layer.kv_heads :].any():
-            raise ContextFileError(f"layer {i} of segment {s} has heads that the model has not")
-        n = int(lens_K.sum())
-        k_ND = _tensor(tensors, f"{s}.{i}.k", (n, layer.k_dim), None)
-        row = LayerRows(
-            k_ND=k_ND,
-            v_ND=_tensor(tensors, f"{s}.{i}.v", (n, layer.v_dim), k_ND.dtype),
-            positions_N=_tensor(tensors, f"{s}.{i}.positions", (n,), torch.int32),
-            scores_N=_tensor(tensors, f"{s}.{i}.scores", (n,), torch.float32),
-        )
-        where = f"layer {i} of segment {s}"
-        _check_positions(row.positions_N.numpy(), lens_K, begin, begin + num_tokens, where)
-        rows.append(row)
-    return SavedSegment(rows=rows, lens_LK=lens_LK, num_tokens=num_tokens)
-
-
-def _check_positions(positions_N: np.ndarray, lens_K: np.ndarray, begin: int, end: int, where: str) -> None:
-    """Positions lie in [begin, end) and ascend inside every head."""
-    if positions_N.size and not begin <= positions_N.min() <= positions_N.max() < end:
-        raise ContextFileError(f"positions of {where} are impossible")
-    begins = (np.cumsum(lens_K) - lens_K)[lens_K > 0]
-    descends = np.diff(positions_N) <= 0
-    descends[begins[1:] - 1] = False
-    if descends.any():
-        raise ContextFileError(f"positions of {where} do not ascend")
-
-
-def _tensor(tensors: dict[str, Tensor], name: str, shape: tuple[int | None, ...], dtype: torch.dtype | None) -> Tensor:
-    """Takes a tensor out of `tensors`, checked; sizes of None may be anything."""
-    tensor = tensors.pop(name, None)
-    if tensor is None:
-        raise ContextFileError(f"tensor {name!r} is missing")
-    fits = tensor.dim() == len(shape) and all(b in (None, a) for a, b in zip(tensor.shape, shape, strict=True))
-    if not fits or (dtype is not None and tensor.dtype != dtype) or (dtype is None and not tensor.is_floating_point()):
-        raise ContextFileError(f"tensor {name!r} has shape {list(tensor.shape)} and type {tensor.dtype}")
-    return tensor
-
-
-def _digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(f"{name} {list(tensors[name].shape)} {tensors[name].dtype}\n".encode())
-        digest.update(tensors[name].flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

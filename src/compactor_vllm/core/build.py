@@ -72,6 +72,7 @@ def build_engine(config: LLMConfig) -> EngineParts:
         dtype=dtype,
         device=device,
         host_bytes=plan.host,
+        parked_limit=plan.host // 2 if config.context_host_bytes is None else config.context_host_bytes,
     )
     runner = ModelRunner(model, kernels, manager, config.leverage_sketch_size, config.max_num_seqs)
     if runner.step.use_graphs() and not config.enforce_eager:

@@ -23,6 +23,11 @@ class ChatPrompt:
     params: SequenceCompressionParams
 
 
+def is_conversation(prompt: Any) -> bool:
+    """Whether a prompt is a list of messages, and not text or token ids."""
+    return not isinstance(prompt, str) and len(prompt) > 0 and all(isinstance(m, Mapping) for m in prompt)
+
+
 def check_messages(messages: Any) -> None:
     """Raises InvalidInputError unless `messages` is a non-empty list of role/content mappings."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:

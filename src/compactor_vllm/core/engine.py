@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from compactor_vllm.core.scheduler import Scheduler, prune_budget
 from compactor_vllm.core.unit_sizes import INTERRUPTING_TOKENS, UnitSizes
 from compactor_vllm.errors import OutOfPagesError
 from compactor_vllm.layers.sampler import SamplingBatch, sample, uniform
+from compactor_vllm.models.fingerprint import fingerprint
 from compactor_vllm.utils.sequence import FinishReason, SequenceStatus
 
 logger = logging.getLogger("compactor_vllm")
@@ -74,6 +76,11 @@ class Engine:
         for request in [*self.scheduler.queue, *self.scheduler.running]:
             self.abort(request)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Which weights the model has."""
+        return fingerprint(self.runner.model)
+
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work or self._drawn is not None
@@ -116,7 +123,13 @@ class Engine:
         if len(self._jobs) > 1 or (self._jobs and self._owed > 0):
             return
         limit = min(self._jobs[0].num_tokens // 4, INTERRUPTING_TOKENS) if self._jobs else None
-        requests = self.scheduler.admit(limit)
+        admitted = self.scheduler.admit(limit)
+        requests = [request for request in admitted if request.parts]
+        for request in admitted:
+            if not request.parts:  # a context that was found whole
+                self._seal(request)
+        if not (admitted or self._jobs or self.scheduler.running or self._drawn):
+            self._refuse_first()
         if requests:
             self._jobs.append(self.runner.prefill(requests, self.sizes))
 
@@ -127,13 +140,12 @@ class Engine:
         self._read_drawn()
         ready, rows = [], []
         for request in job.requests:
+            if request.seals:
+                self._seal(request)
+                continue
             self._report_cache(request)
             if request in job.prompt_logprobs:
                 request.sequence.prompt_logprobs = job.prompt_logprobs[request]
-            if request.seals:
-                self.scheduler.take_sealed(request)
-                request.finish("stop")
-                continue
             try:
                 group = self.scheduler.finish_prefill(request)
             except OutOfPagesError as error:
@@ -146,6 +158,25 @@ class Engine:
                     rows.append(job.logits[request])
         if ready:
             self._take_drawn(self._draw(ready, torch.stack(rows)))
+        for request in ready:
+            self.scheduler.remember(request)
+
+    def _seal(self, request: Request) -> None:
+        """Ends a request that wants no tokens."""
+        self._report_cache(request)
+        self.scheduler.take_sealed(request)
+        request.finish("stop")
+
+    def _refuse_first(self) -> None:
+        """Ends the first request of the queue, for which there is no room although nothing runs."""
+        if not self.scheduler.queue:
+            return
+        request, pages = self.scheduler.queue[0], self.manager.pages
+        error = OutOfPagesError(
+            f"this request waits for pages that open contexts hold ({pages.num_free} of {pages.num_pages} are free); "
+            "host memory for them is full; close contexts, or raise context_host_bytes or kv_cache_memory_bytes"
+        )
+        self._fail([request, *request.siblings], error)
 
     def _prefill_failed(self, job: PrefillJob, error: Exception) -> None:
         """A prefill of several requests is tried again one by one; one that fails by itself ends with an error."""
@@ -307,8 +338,20 @@ class Engine:
         pages = sum(self.manager.pages_filled(segment) for segment in request.segments)
         request.sequence.kv_bytes = pages * self.manager.page_bytes
         request.sequence.kv_bytes_full = self.manager.full_pages(max(request.computed, 1)) * self.manager.page_bytes
+        if reason in ("stop", "length") and not request.seals:
+            self.scheduler.remember(request)
+            self._extend(request)
         self.scheduler.remove(request)
         request.finish(reason, error)
+
+    def _extend(self, request: Request) -> None:
+        """Makes a context of a request that has ended, if that was asked for."""
+        if request.sequence.extension is None:
+            return
+        try:
+            request.sequence.extension.make(self, request)
+        except OutOfPagesError as error:
+            request.sequence.error = f"the context could not be extended: {error}"
 
     def _fail(self, requests: list[Request], error: Exception) -> None:
         for request in requests:

@@ -7,27 +7,27 @@ from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from compactor_vllm.compression.compression_params import BatchCompressionParams, SequenceCompressionParams
 from compactor_vllm.config import LLMConfig, SamplingParams
 from compactor_vllm.core.build import build_engine
-from compactor_vllm.core.chat import Message, chat_prompt, encode
-from compactor_vllm.core.context import Context, chat_parts, load_context, question_tokens
+from compactor_vllm.core.chat import Message
+from compactor_vllm.core.context import Context
+from compactor_vllm.core.context_transfer import load_units
 from compactor_vllm.core.pending_context import PendingContext
+from compactor_vllm.core.prompts import Options, Prompt, Prompts
 from compactor_vllm.core.request import Request
 from compactor_vllm.core.request_factory import RequestFactory
 from compactor_vllm.core.stream import AnswerStream
 from compactor_vllm.errors import (
     EngineClosedError,
     InvalidInputError,
-    MissingDependencyError,
     RequestError,
 )
 from compactor_vllm.utils.arguments import per_input
 from compactor_vllm.utils.helpers import batch_progress
 from compactor_vllm.utils.sequence import Sequence
-
-Prompt = str | SequenceOf[int]
-"""Text, or token ids."""
 
 
 class LLM:
@@ -50,6 +50,7 @@ class LLM:
         self.tokenizer, self.spec, self.max_model_len = parts.tokenizer, parts.spec, parts.max_model_len
         self._parts, self._engine = parts, parts.engine
         self._factory = RequestFactory(config, parts.engine, parts.tokenizer, parts.spec, parts.max_model_len)
+        self._prompts = Prompts(config, parts.tokenizer)
         self._closed = False
 
     # ---- generation ----------------------------------------------------------------------------------------------
@@ -64,6 +65,7 @@ class LLM:
         | None = None,
         return_sequences: bool = False,
         context: Context | None = None,
+        extend_context: bool = False,
     ) -> Any:
         """Continues prompts.
 
@@ -73,6 +75,8 @@ class LLM:
             batch_compression_params: method and options of the call.
             return_sequences: return `Sequence` objects instead of strings.
             context: what every prompt follows, as it is (no token is put in between).
+            extend_context: make a context of each prompt with its answer (`Sequence.extended_context`, needs
+                `return_sequences`), which the caller closes.
 
         Returns:
             answers in the order of the prompts (one prompt: one answer; n > 1: a list per prompt).
@@ -80,22 +84,20 @@ class LLM:
         Raises:
             RequestError: an input is wrong; the message names its index. Nothing has run.
         """
+        self._check_extending(extend_context, return_sequences)
         single = isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(p, int) for p in prompts))
         inputs: list[Any] = [prompts] if single else list(prompts)
-        batch = batch_compression_params or BatchCompressionParams()
-        samplings = per_input("sampling_params", sampling_params, SamplingParams, len(inputs))
-        compressions = per_input(
-            "per_sequence_compression_params", per_sequence_compression_params, SequenceCompressionParams, len(inputs)
+        options = self._options(
+            len(inputs),
+            sampling_params,
+            batch_compression_params,
+            per_sequence_compression_params,
+            None,
+            context,
+            extend_context,
         )
         sequences = [
-            Sequence(
-                prompt_token_ids=self._encode(prompt, None if single else i, context),
-                sampling_params=samplings[i],
-                compression_params=compressions[i],
-                batch_compression_params=batch,
-                context=context,
-            )
-            for i, prompt in enumerate(inputs)
+            self._prompts.of_text(prompt, options[i], None if single else i) for i, prompt in enumerate(inputs)
         ]
         return self._answers(self._run(sequences, single), single, return_sequences)
 
@@ -110,40 +112,32 @@ class LLM:
         return_sequences: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         context: Context | None = None,
+        extend_context: bool = False,
     ) -> Any:
         """Answers conversations (lists of role/content messages) in the model's own chat template.
 
         The last user message is protected from compression where it fits into the budget. `context_end` of the
         compression parameters is a message index here. With a `context` (made of messages), a conversation is the one
-        question that follows it.
+        question that follows it. The `extended_context` of an answer takes the next question.
 
         Args, returns and raises: as `generate`; `chat_template_kwargs` are given to the template.
         """
+        self._check_extending(extend_context, return_sequences)
         single = len(messages_batch) > 0 and all(isinstance(m, Mapping) for m in messages_batch)
         conversations: list[Any] = [messages_batch] if single else list(messages_batch)
-        batch = batch_compression_params or BatchCompressionParams()
-        samplings = per_input("sampling_params", sampling_params, SamplingParams, len(conversations))
-        compressions = per_input(
-            "per_sequence_compression_params",
-            per_sequence_compression_params,
-            SequenceCompressionParams,
+        options = self._options(
             len(conversations),
+            sampling_params,
+            batch_compression_params,
+            per_sequence_compression_params,
+            chat_template_kwargs,
+            context,
+            extend_context,
         )
-        sequences = []
-        for i, messages in enumerate(conversations):
-            try:
-                token_ids, params = self._render(messages, compressions[i], chat_template_kwargs, context)
-            except InvalidInputError as error:
-                raise RequestError(str(error), None if single else i) from error
-            sequences.append(
-                Sequence(
-                    prompt_token_ids=token_ids,
-                    sampling_params=samplings[i],
-                    compression_params=params,
-                    batch_compression_params=batch,
-                    context=context,
-                )
-            )
+        sequences = [
+            self._prompts.of_messages(messages, options[i], None if single else i)
+            for i, messages in enumerate(conversations)
+        ]
         return self._answers(self._run(sequences, single), single, return_sequences)
 
     def generate_from_sequences(self, sequences: SequenceOf[Sequence]) -> Any:
@@ -167,24 +161,22 @@ class LLM:
         per_sequence_compression_params: SequenceCompressionParams | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         context: Context | None = None,
+        extend_context: bool = False,
     ) -> AnswerStream:
         """The answer to one prompt (text, token ids or a conversation), to be iterated over as it is drawn.
 
         Raises:
             RequestError: an input is wrong; raised by the call itself, before anything runs.
         """
-        compression = per_sequence_compression_params or SequenceCompressionParams()
-        if not isinstance(prompt, str) and len(prompt) > 0 and all(isinstance(m, Mapping) for m in prompt):
-            token_ids, compression = self._render(prompt, compression, chat_template_kwargs, context)  # type: ignore[arg-type]
-        else:
-            token_ids = self._encode(prompt, None, context)  # type: ignore[arg-type]
-        sequence = Sequence(
-            prompt_token_ids=token_ids,
-            sampling_params=sampling_params or SamplingParams(),
-            compression_params=compression,
-            batch_compression_params=batch_compression_params or BatchCompressionParams(),
+        options = Options(
+            sampling=sampling_params,
+            batch=batch_compression_params,
+            compression=per_sequence_compression_params,
+            template_kwargs=chat_template_kwargs,
             context=context,
+            extends=extend_context,
         )
+        sequence = self._prompts.of_any(prompt, options)
         groups = self._prepare([sequence], single=True)
         self._submit(groups)
         return AnswerStream(self._engine, groups[0])
@@ -208,22 +200,14 @@ class LLM:
             RequestError: an input is wrong; nothing has run.
             CompactorError: the prefill failed.
         """
-        compression = per_sequence_compression_params or SequenceCompressionParams()
-        suffix = None
-        if not isinstance(prompt, str) and len(prompt) > 0 and all(isinstance(m, Mapping) for m in prompt):
-            if context is not None:
-                raise RequestError("a context is continued by text or token ids, not by messages")
-            token_ids, suffix = chat_parts(self._text_tokenizer(), prompt, dict(chat_template_kwargs or {}))  # type: ignore[arg-type]
-        else:
-            token_ids = self._encode(prompt, None, context)  # type: ignore[arg-type]
-        sequence = Sequence(
-            prompt_token_ids=token_ids,
-            sampling_params=SamplingParams(max_new_tokens=1),
-            compression_params=compression,
-            batch_compression_params=batch_compression_params or BatchCompressionParams(),
+        options = Options(
+            batch=batch_compression_params,
+            compression=per_sequence_compression_params,
+            template_kwargs=chat_template_kwargs,
             context=context,
         )
-        pending = PendingContext(self, sequence, suffix if context is None else context.chat_suffix)
+        sequence, suffix = self._prompts.of_document(prompt, options)
+        pending = PendingContext(self, sequence, suffix)
         try:
             while not pending.done:
                 self._engine.step()
@@ -240,7 +224,12 @@ class LLM:
         """
         if self._closed:
             raise EngineClosedError("this engine is closed; make a new LLM")
-        return load_context(self._engine.runner, self.config.model, path, self._engine.scheduler.prefixes)
+        units = load_units(self._engine, self.config.model, Path(path))
+        while True:
+            try:
+                next(units)
+            except StopIteration as done:
+                return done.value
 
     # ---- the rest ------------------------------------------------------------------------------------------------
 
@@ -261,9 +250,11 @@ class LLM:
     @property
     def free_pages(self) -> int:
         """Pages of the pool that nobody uses; cached prefixes that wait for a next user count as free."""
-        manager, prefixes = self._engine.manager, self._engine.scheduler.prefixes
-        idle = [segment for segment in prefixes.segments if segment.refs == 1]
-        return manager.pages.num_free + sum(len(manager.page_ids(segment)) for segment in idle)
+        manager, scheduler = self._engine.manager, self._engine.scheduler
+        scheduler.contexts.collect()
+        idle = [segment for segment in scheduler.prefixes.segments if segment.refs == 1 and segment.parked is None]
+        pages = [manager.page_ids(segment) for segment in idle]
+        return manager.pages.num_free + (manager.pages.owned_by(np.concatenate(pages)) if pages else 0)
 
     def clear_prefix_cache(self) -> None:
         """Forgets all cached prefixes."""
@@ -289,33 +280,36 @@ class LLM:
 
     # ---- inside --------------------------------------------------------------------------------------------------
 
-    def _text_tokenizer(self) -> Any:
-        if self.tokenizer is None:
-            raise MissingDependencyError(f"{self.config.model} brings no tokenizer; pass token ids")
-        return self.tokenizer
-
-    def _render(
-        self,
-        messages: SequenceOf[Message],
-        compression: SequenceCompressionParams,
+    @staticmethod
+    def _options(
+        count: int,
+        sampling: SamplingParams | SequenceOf[SamplingParams] | None,
+        batch: BatchCompressionParams | None,
+        compression: SequenceCompressionParams | SequenceOf[SequenceCompressionParams] | None,
         template_kwargs: Mapping[str, Any] | None,
         context: Context | None,
-    ) -> tuple[list[int], SequenceCompressionParams]:
-        """A conversation's tokens, and its compression in terms of tokens."""
-        if context is not None:
-            return context.token_ids + question_tokens(self._text_tokenizer(), context, messages), compression
-        prompt = chat_prompt(self._text_tokenizer(), messages, compression, template_kwargs or {})
-        return prompt.token_ids, prompt.params
+        extends: bool,
+    ) -> list[Options]:
+        """The options of each of `count` inputs."""
+        samplings = per_input("sampling_params", sampling, SamplingParams, count)
+        name = "per_sequence_compression_params"
+        compressions = per_input(name, compression, SequenceCompressionParams, count)
+        return [
+            Options(
+                sampling=sampling,
+                batch=batch,
+                compression=compression,
+                template_kwargs=template_kwargs,
+                context=context,
+                extends=extends,
+            )
+            for sampling, compression in zip(samplings, compressions, strict=True)
+        ]
 
-    def _encode(self, prompt: Prompt, index: int | None, context: Context | None = None) -> list[int]:
-        if isinstance(prompt, str):
-            if context is not None:
-                return context.token_ids + encode(self._text_tokenizer(), prompt)
-            return self._text_tokenizer()(prompt)["input_ids"]
-        try:
-            return [*(context.token_ids if context is not None else ()), *prompt]
-        except TypeError:
-            raise RequestError(f"a prompt is text or a list of token ids, not {prompt!r}", index) from None
+    @staticmethod
+    def _check_extending(extends: bool, return_sequences: bool) -> None:
+        if extends and not return_sequences:
+            raise InvalidInputError("extend_context=True needs return_sequences=True, which hold the contexts")
 
     def _prepare(self, sequences: list[Sequence], single: bool, seals: bool = False) -> list[list[Request]]:
         """Checks every input and plans its requests (n > 1: several); nothing is added to the engine."""

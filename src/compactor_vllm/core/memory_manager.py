@@ -1,34 +1,31 @@
-"""Segments on the page pool: reserve, settle, grow, shrink, free, offload. Nothing else touches pages.
+"""Segments on the page pool: reserve, settle, grow, shrink, share, free, offload. Nothing else touches pages.
 
 Every operation is all or nothing, and vectorised over (layer, segment, KV head).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
+from compactor_vllm.core.segment_layout import GRANT_AHEAD, SegmentLayout
 from compactor_vllm.errors import OutOfPagesError
 from compactor_vllm.kv_cache.layer_cache import LayerKV
-from compactor_vllm.kv_cache.page_table import PageAllocator, PagedKVCache, RunAllocator, page_bytes, ranges
+from compactor_vllm.kv_cache.page_table import ranges
 from compactor_vllm.kv_cache.segment import Segment, SegmentData
-
-GRANT_AHEAD = 16
-"""Tokens for which pages are granted when a head runs out, so that most decode steps grant none."""
-
-_TABLE_ENTRIES_PER_PAGE = 2
-"""Page-table entries per page: room for growth that is declared and not granted yet."""
+from compactor_vllm.kv_cache.transfer import addresses, move_rows, pages_from_host, pages_to_host
 
 
-class KVCacheManager:
+class KVCacheManager(SegmentLayout):
     """Owner of the page pool. See `PagedKVCache` for the memory, `Segment` for what is owned.
 
     Args:
         layers: what each layer stores.
         num_pages, page_size, max_segments, dtype, device: see `PagedKVCache`.
-        host_bytes: memory beside the pool that preempted segments may take.
+        host_bytes: memory beside the pool that segments of preempted sequences and parked segments may take.
+        parked_limit: the part of it that parked segments may take.
     """
 
     def __init__(
@@ -41,28 +38,12 @@ class KVCacheManager:
         dtype: torch.dtype,
         device: torch.device,
         host_bytes: int = 0,
+        parked_limit: int = 0,
     ):
-        heads = sum(layer.kv_heads for layer in layers)
-        entries = _TABLE_ENTRIES_PER_PAGE * num_pages + 4 * heads * min(max_segments, num_pages)
-        self.cache = PagedKVCache(
-            layers=layers,
-            num_pages=num_pages,
-            page_size=page_size,
-            max_segments=max_segments,
-            table_entries=entries,
-            dtype=dtype,
-            device=device,
-        )
-        self.pages = PageAllocator(num_pages)
-        self.runs = RunAllocator(entries)
-        self.page_size, self.page_bytes = page_size, page_bytes(layers, page_size, dtype)
-        self.kv_heads_L = np.array([layer.kv_heads for layer in layers], dtype=np.int64)
+        super().__init__(layers, num_pages, page_size, max_segments, dtype, device)
         self.host_bytes, self.host_bytes_used = host_bytes, 0
-        self._slots = list(range(max_segments - 1, -1, -1))
-        self._segments: dict[int, Segment] = {}
-        self._capacity_LSK = np.zeros(self.cache.host_lens_LSK.shape, dtype=np.int64)
-        heads_LK = np.arange(self.cache.num_kv_heads)[None, :] < self.kv_heads_L[:, None]
-        self._real_LK = heads_LK
+        self.parked_limit, self.parked_bytes = parked_limit, 0
+        self._host_page_bytes = self.page_bytes + 8 * page_size
 
     # ---- sizes -------------------------------------------------------------------------------------------------
 
@@ -76,48 +57,31 @@ class KVCacheManager:
         """Pages of all layers and heads when `tokens` tokens are kept whole."""
         return int(self.prefill_pages(tokens, tokens).sum())
 
-    def pages_filled(self, segment: Segment) -> int:
-        """Pages that a settled segment's tokens lie in, without those granted ahead."""
-        return int((-(-self.cache.host_lens_LSK[:, segment.slot] // self.page_size)).sum())
-
     # ---- prefill: reserve, then settle ---------------------------------------------------------------------------
 
-    def reserve(self, pages_L: np.ndarray, num_tokens: int, growth_tokens: int = 0) -> Segment:
+    def reserve(
+        self, pages_L: np.ndarray, num_tokens: int, growth_tokens: int = 0, into: Segment | None = None
+    ) -> Segment:
         """A segment with pages taken for a prefill and not yet assigned to heads.
 
         Args:
             pages_L: pages to take per layer.
             num_tokens: uncompressed tokens that it will stand for.
             growth_tokens: tokens that decode will append; page-table entries for them, no pages.
+            into: a parked segment that takes the pages instead of a new one.
 
         Raises:
             OutOfPagesError: too few pages, table entries or slots; nothing was taken.
         """
         growth = -(-growth_tokens // self.page_size) + 1 if growth_tokens else 0
-        size = int((pages_L + self.kv_heads_L * growth).sum())
-        if not self._slots:
-            raise OutOfPagesError(f"all {self.cache.max_segments} segment slots are in use")
-        begin = self.runs.allocate(size)
+        segment = into or Segment(slot=-1, num_tokens=num_tokens, table_begin=0, table_size=0, growth_pages=growth)
+        self._enter(segment, int((pages_L + self.kv_heads_L * growth).sum()))
         try:
             pages = self.pages.allocate(int(pages_L.sum()))
         except OutOfPagesError:
-            self.runs.free(begin, size)
+            self._leave(segment)
             raise
-        slot = self._slots.pop()
-        segment = Segment(
-            slot=slot,
-            num_tokens=num_tokens,
-            table_begin=begin,
-            table_size=size,
-            growth_pages=growth,
-            reserved_LP=np.split(pages, np.cumsum(pages_L)[:-1]),
-        )
-        self._segments[slot] = segment
-        cache = self.cache
-        for mirror in (cache.host_lens_LSK, cache.host_granted_LSK, self._capacity_LSK):
-            mirror[:, slot] = 0
-        cache.host_begin_LSK[:, slot] = begin
-        cache.seg_lens_LSK[:, slot] = 0
+        segment.growth_pages, segment.reserved_LP = growth, np.split(pages, np.cumsum(pages_L)[:-1])
         return segment
 
     def layer_runs(self, segment: Segment) -> np.ndarray:
@@ -144,16 +108,23 @@ class KVCacheManager:
             segment.reserved_LP = None
             self.pages.free(np.concatenate(spare))
 
+    def allocate(
+        self, lens_LK: np.ndarray, num_tokens: int, growth_tokens: int = 0, into: Segment | None = None
+    ) -> Segment:
+        """A settled segment whose rows are to be written next; arguments and error as in `reserve`."""
+        pages_LK = -(-lens_LK // self.page_size)
+        segment = self.reserve(pages_LK.sum(axis=1), num_tokens, growth_tokens, into)
+        assert segment.reserved_LP is not None
+        self._lay_out(segment, lens_LK, np.concatenate(segment.reserved_LP))
+        return segment
+
     def empty_segment(self, growth_tokens: int) -> Segment:
         """A settled segment without tokens: the private tail of a sequence whose prompt is shared.
 
         Raises:
             OutOfPagesError: no slot or table run is free; nothing was taken.
         """
-        segment = self.reserve(np.zeros_like(self.kv_heads_L), 0, max(growth_tokens, 1))
-        lens_LK = np.zeros(self._real_LK.shape, dtype=np.int64)
-        self._lay_out(segment, lens_LK, np.zeros(0, dtype=np.int32))
-        return segment
+        return self.allocate(np.zeros(self._real_LK.shape, dtype=np.int64), 0, max(growth_tokens, 1))
 
     # ---- decode: grow, advance, shrink -----------------------------------------------------------------------------
 
@@ -198,12 +169,23 @@ class KVCacheManager:
         """After a compaction: reads the new lengths and gives back the pages that heads no longer fill."""
         self.cache.refresh_lens([segment.slot for segment in segments])
         for segment in segments:
-            begin_LK = self.cache.host_begin_LSK[:, segment.slot]
-            granted_LK = self.cache.host_granted_LSK[:, segment.slot]
-            pages_LK = -(-self.cache.host_lens_LSK[:, segment.slot] // self.page_size)
-            tail = self.cache.host_table[ranges(begin_LK + pages_LK, granted_LK - pages_LK)]
-            self.cache.host_granted_LSK[:, segment.slot] = pages_LK
-            self.pages.free(tail)
+            self._free_spare(segment)
+
+    def _free_spare(self, segment: Segment) -> None:
+        """Gives back the pages of each head behind its last token."""
+        begin_LK = self.cache.host_begin_LSK[:, segment.slot]
+        granted_LK = self.cache.host_granted_LSK[:, segment.slot]
+        pages_LK = -(-self.cache.host_lens_LSK[:, segment.slot] // self.page_size)
+        tail = self.cache.host_table[ranges(begin_LK + pages_LK, granted_LK - pages_LK)]
+        self.cache.host_granted_LSK[:, segment.slot] = pages_LK
+        self.pages.free(tail)
+
+    def trim(self, segment: Segment, tokens: int) -> None:
+        """Drops the last `tokens` tokens, which every head keeps, and the pages granted ahead."""
+        lens_LK = self.cache.host_lens_LSK[:, segment.slot] - tokens * self._real_LK
+        self.cache.write_heads(segment.slot, self.cache.host_begin_LSK[:, segment.slot].copy(), lens_LK)
+        segment.num_tokens -= tokens
+        self._free_spare(segment)
 
     # ---- ownership -----------------------------------------------------------------------------------------------
 
@@ -218,26 +200,61 @@ class KVCacheManager:
         segment.refs -= 1
         if segment.refs:
             return
+        if segment.parked is not None:
+            self._unpark(segment)
+            return
+        self._vacate(segment)
+
+    def _vacate(self, segment: Segment) -> None:
+        """Gives back pages, run and slot."""
         if segment.reserved_LP is not None:
             self.pages.free(np.concatenate(segment.reserved_LP))
+            segment.reserved_LP = None
         else:
             self.pages.free(self.page_ids(segment))
-        self.runs.free(segment.table_begin, segment.table_size)
-        del self._segments[segment.slot]
-        self._slots.append(segment.slot)
+        self._leave(segment)
 
-    def page_ids(self, segment: Segment) -> np.ndarray:
-        """Page ids of a settled segment in (layer, head, rank) order."""
-        begin_LK = self.cache.host_begin_LSK[:, segment.slot]
-        return self.cache.host_table[ranges(begin_LK, self.cache.host_granted_LSK[:, segment.slot])]
+    def join(self, parts: Sequence[tuple[Segment, int]]) -> Segment:
+        """A segment of pages that others own, too: of each part so many first pages of every head, all of them full.
 
-    # ---- offload -------------------------------------------------------------------------------------------------
+        Raises:
+            OutOfPagesError: no slot or table run is free; nothing was taken.
+        """
+        ids = []
+        for part, pages in parts:
+            begin = self.cache.host_begin_LSK[:, part.slot][self._real_LK]
+            ids.append(self.cache.host_table[begin[:, None] + np.arange(pages)])
+        ids_HP = np.concatenate(ids, axis=1)
+        tokens = ids_HP.shape[1] * self.page_size
+        joined = Segment(slot=-1, num_tokens=tokens, table_begin=0, table_size=0, growth_pages=0)
+        self._enter(joined, ids_HP.size)
+        self.pages.share(ids_HP.ravel())
+        self._lay_out(joined, tokens * self._real_LK, ids_HP.ravel())
+        return joined
+
+    def merge(self, segments: Sequence[Segment]) -> Segment:
+        """A segment with copies of the tokens of settled ones, one after the other in every head.
+
+        Raises:
+            OutOfPagesError: the pool cannot hold it beside them; nothing was taken.
+        """
+        lens = [self.lens(segment) for segment in segments]
+        merged = self.allocate(np.sum(lens, axis=0), sum(segment.num_tokens for segment in segments))
+        for layer in range(self.cache.num_layers):
+            first_K = np.zeros_like(lens[0][layer])
+            for segment, lens_LK in zip(segments, lens, strict=True):
+                source = addresses(self.cache, segment.slot, layer, lens_LK[layer])
+                target = addresses(self.cache, merged.slot, layer, lens_LK[layer], first_K)
+                move_rows(self.cache.layer(layer), source, target)
+                first_K = first_K + lens_LK[layer]
+        return merged
+
+    # ---- host memory ---------------------------------------------------------------------------------------------
 
     def offload(self, segment: Segment) -> SegmentData | None:
         """Copies a private segment to host memory and frees it; None when the host budget is full."""
         assert not segment.sealed
-        per_page = self.page_bytes + 8 * self.page_size
-        if self.host_bytes_used + self.pages_filled(segment) * per_page > self.host_bytes:
+        if self.pages_filled(segment) * self._host_page_bytes > self.host_bytes - self.host_bytes_used:
             return None
         data = self.read_segment(segment)
         self.host_bytes_used += data.nbytes
@@ -249,16 +266,15 @@ class KVCacheManager:
         lens_LK = self.cache.host_lens_LSK[:, segment.slot].copy()
         pages_LK = -(-lens_LK // self.page_size)
         ids = self.cache.host_table[ranges(self.cache.host_begin_LSK[:, segment.slot], pages_LK)]
-        index = torch.from_numpy(ids.astype(np.int64)).to(self.cache.device)
         return SegmentData(
             num_tokens=segment.num_tokens,
             lens_LK=lens_LK,
-            pages=_to_host(self.cache.kv_pool, index),
-            positions=_to_host(self.cache.positions_PR, index),
-            scores=_to_host(self.cache.scores_PR, index),
+            pages=pages_to_host(self.cache.kv_pool, ids),
+            positions=pages_to_host(self.cache.positions_PR, ids),
+            scores=pages_to_host(self.cache.scores_PR, ids),
         )
 
-    def restore(self, data: SegmentData, growth_tokens: int) -> Segment:
+    def restore(self, data: SegmentData, growth_tokens: int, into: Segment | None = None) -> Segment:
         """Brings an offloaded segment back.
 
         Raises:
@@ -266,88 +282,45 @@ class KVCacheManager:
 
         The data stay valid and counted until `discard`.
         """
-        pages_LK = -(-data.lens_LK // self.page_size)
-        segment = self.reserve(pages_LK.sum(axis=1), data.num_tokens, growth_tokens)
-        assert segment.reserved_LP is not None
-        ids = np.concatenate(segment.reserved_LP)
-        self._lay_out(segment, data.lens_LK, ids)
-        index = torch.from_numpy(ids.astype(np.int64)).to(self.cache.device)
-        self.cache.kv_pool[index] = data.pages.to(self.cache.device, non_blocking=True)
-        self.cache.positions_PR[index] = data.positions.to(self.cache.device, non_blocking=True)
-        self.cache.scores_PR[index] = data.scores.to(self.cache.device, non_blocking=True)
+        segment = self.allocate(data.lens_LK, data.num_tokens, growth_tokens, into)
+        ids = self.page_ids(segment)
+        pages_from_host(self.cache.kv_pool, ids, data.pages)
+        pages_from_host(self.cache.positions_PR, ids, data.positions)
+        pages_from_host(self.cache.scores_PR, ids, data.scores)
         return segment
 
     def discard(self, data: SegmentData) -> None:
         """Forgets an offloaded segment."""
         self.host_bytes_used -= data.nbytes
 
-    # ---- layout ----------------------------------------------------------------------------------------------------
+    def parking_room(self) -> int:
+        """Pages that may still be parked."""
+        room = min(self.parked_limit - self.parked_bytes, self.host_bytes - self.host_bytes_used)
+        return max(room, 0) // self._host_page_bytes
 
-    def _head_begins(self, begin_L: np.ndarray, pages_LK: np.ndarray, growth: int) -> np.ndarray:
-        sizes_LK = (pages_LK + growth) * self._real_LK
-        return begin_L[:, None] + np.cumsum(sizes_LK, axis=1) - sizes_LK
+    def park(self, segment: Segment) -> bool:
+        """Moves a settled segment that nobody reads to host memory, owners and all; False where there is no room."""
+        if self.pages_filled(segment) > self.parking_room():
+            return False
+        data = self.read_segment(segment)
+        self._vacate(segment)
+        segment.parked = data
+        self.parked_bytes += data.nbytes
+        self.host_bytes_used += data.nbytes
+        return True
 
-    def _lay_out(self, segment: Segment, lens_LK: np.ndarray, pages: np.ndarray) -> None:
-        """Assigns `pages`, in (layer, head, rank) order, to the heads of a segment from its run's begin on."""
-        pages_LK = -(-lens_LK // self.page_size)
-        sizes_L = ((pages_LK + segment.growth_pages) * self._real_LK).sum(axis=1)
-        begin_L = segment.table_begin + np.cumsum(sizes_L) - sizes_L
-        begin_LK = self._head_begins(begin_L, pages_LK, segment.growth_pages)
-        self.cache.write_heads(segment.slot, begin_LK, lens_LK)
-        self.cache.host_granted_LSK[:, segment.slot] = pages_LK
-        self._capacity_LSK[:, segment.slot] = (pages_LK + segment.growth_pages) * self._real_LK
-        self.cache.write_table(ranges(begin_LK, pages_LK), pages)
-        segment.reserved_LP = None
+    def bring_back(self, segment: Segment) -> None:
+        """Gives a segment pages again, if it was parked.
 
-    def _relocate(self, segment: Segment, pages_needed: int) -> None:
-        """Moves a segment's page-table run to one with twice the room for growth, at least `pages_needed` a head."""
-        slot = segment.slot
-        granted_LK, pages = self.cache.host_granted_LSK[:, slot].copy(), self.page_ids(segment)
-        growth = max(2 * segment.growth_pages, pages_needed) + 1
-        sizes_L = ((granted_LK + growth) * self._real_LK).sum(axis=1)
-        size = int(sizes_L.sum())
-        begin = self.runs.allocate(size)
-        self.runs.free(segment.table_begin, segment.table_size)
-        segment.table_begin, segment.table_size, segment.growth_pages = begin, size, growth
-        begin_LK = self._head_begins(begin + np.cumsum(sizes_L) - sizes_L, granted_LK, growth)
-        self.cache.write_heads(slot, begin_LK, self.cache.host_lens_LSK[:, slot].copy())
-        self._capacity_LSK[:, slot] = (granted_LK + growth) * self._real_LK
-        self.cache.write_table(ranges(begin_LK, granted_LK), pages)
+        Raises:
+            OutOfPagesError: the pool cannot hold it now; it stays where it is.
+        """
+        if segment.parked is not None:
+            self.restore(segment.parked, 0, into=segment)
+            self._unpark(segment)
 
-    # ---- invariants ----------------------------------------------------------------------------------------------
-
-    def check_integrity(self, segments: Iterable[Segment] | None = None) -> None:
-        """Asserts the invariants of pool and tables; with `segments`, also that no other segment lives."""
-        live = list(self._segments.values())
-        if segments is not None:
-            assert {id(s) for s in segments} == {id(s) for s in live}, "segments live that nobody owns"
-        owned = [np.zeros(0, dtype=np.int32)]
-        for segment in live:
-            assert segment.refs > 0
-            if segment.reserved_LP is not None:
-                owned += segment.reserved_LP
-                continue
-            lens_LK, granted_LK = (
-                self.cache.host_lens_LSK[:, segment.slot],
-                self.cache.host_granted_LSK[:, segment.slot],
-            )
-            needed_LK = -(-lens_LK // self.page_size)
-            ahead_LK = -(-(lens_LK + GRANT_AHEAD) // self.page_size)
-            assert ((granted_LK >= needed_LK) & (granted_LK <= ahead_LK)).all(), "a head owns pages it does not need"
-            assert (granted_LK <= self._capacity_LSK[:, segment.slot]).all(), "a head outgrew its part of the table"
-            entries = ranges(self.cache.host_begin_LSK[:, segment.slot], granted_LK)
-            assert np.array_equal(self.cache.page_table.cpu().numpy()[entries], self.cache.host_table[entries])
-            assert np.array_equal(self.cache.seg_lens_LSK[:, segment.slot].cpu().numpy(), lens_LK)
-            owned.append(self.page_ids(segment))
-        self.pages.check_integrity(np.concatenate(owned))
-        runs = sum(segment.table_size for segment in live)
-        assert runs + self.runs.num_free == self.runs.size, "page-table entries are lost"
-        assert len(self._slots) + len(live) == self.cache.max_segments, "segment slots are lost"
-
-
-def _to_host(pool: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    rows = pool.index_select(0, index)
-    if pool.device.type == "cpu":
-        return rows
-    host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
-    return host.copy_(rows)
+    def _unpark(self, segment: Segment) -> None:
+        assert segment.parked is not None
+        self.parked_bytes -= segment.parked.nbytes
+        self.discard(segment.parked)
+        segment.parked = None

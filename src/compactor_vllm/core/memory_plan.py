@@ -54,7 +54,7 @@ class MemoryPlan:
     Attributes:
         weights, activations, graphs, pages: on the device.
         page_bytes, num_pages: of the pool.
-        host: memory beside the device's for preempted sequences.
+        host: memory beside the device's for preempted sequences and idle contexts.
     """
 
     weights: int
@@ -75,7 +75,7 @@ class MemoryPlan:
         return [
             *((name, f"{size / mib:,.0f} MiB") for name, size in device if size),
             ("KV pages", f"{self.pages / mib:,.0f} MiB ({self.num_pages:,} pages of {self.page_bytes / 1024:g} KiB)"),
-            ("host memory for preempted sequences", f"{self.host / mib:,.0f} MiB"),
+            ("host memory for preempted sequences and contexts", f"{self.host / mib:,.0f} MiB"),
         ]
 
 
@@ -227,7 +227,7 @@ def plan_memory(
         pages=num_pages * per_page,
         page_bytes=size,
         num_pages=num_pages,
-        host=min(_free_host_memory() // 4, num_pages * per_page),
+        host=min(_free_host_memory() // 4, num_pages * per_page) + (config.context_host_bytes or 0),
     )
 
 

@@ -41,26 +41,19 @@ class PendingContext:
 
         Raises:
             CompactorError: the prefill failed.
-            EngineClosedError: the context that it begins with was closed in the meantime.
         """
         request, sequence, parent = self._request, self._request.sequence, self._request.sequence.context
-        if parent is not None:
-            parent.check_open()
-        own, request.sealed = request.sealed, ()
-        if not own:
+        segments, request.sealed = request.sealed, ()
+        if not segments:
             raise CompactorError(f"the context could not be compressed: {sequence.error or sequence.finish_reason}")
-        engine = self._llm._engine
-        for segment in () if parent is None else parent.segments:
-            engine.manager.share(segment)
         text = f"{request.method}, ratio {sequence.compression_params.compression_ratio:g}"
         return Context(
-            engine.runner,
+            self._llm._engine,
             self._llm.config.model,
             sequence.prompt_token_ids,
-            (*(() if parent is None else parent.segments), *own),
+            segments,
             (*(() if parent is None else parent.methods), text),
-            self._suffix,
-            engine.scheduler.prefixes,
+            chat_suffix=self._suffix,
         )
 
     def cancel(self) -> None:

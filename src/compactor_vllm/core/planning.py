@@ -75,8 +75,13 @@ def _compressed_part(begin: int, end: int, sequence: Sequence, method: BaseCompr
     return PrefillPart(begin=begin, end=end, kept=kept, protected=protected, method=method)
 
 
-def check_tokens(token_ids: list[int], vocab_size: int, max_model_len: int, index: int | None) -> None:
+def check_tokens(
+    token_ids: list[int], vocab_size: int, max_model_len: int, index: int | None, known: int = 0
+) -> None:
     """Checks a prompt.
+
+    Args:
+        known: tokens at its begin that were checked before.
 
     Raises:
         RequestError: empty, too long, or an id outside of the vocabulary.
@@ -89,7 +94,7 @@ def check_tokens(token_ids: list[int], vocab_size: int, max_model_len: int, inde
             "shorten the prompt or raise max_model_len",
             index,
         )
-    for position, token in enumerate(token_ids):
+    for position, token in enumerate(token_ids[known:], known):
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
             raise RequestError(
                 f"token id {token!r} at position {position} is outside of the vocabulary [0, {vocab_size})", index

@@ -65,14 +65,18 @@ class Request:
         context: segments of a compressed context before the prompt's own parts. From the time that it is added until
             it ends, the request is one of their owners; it never changes them.
         prefix_key: of its first part in the prefix cache; None where that is not to be looked for, or has been found.
-        seals: it wants no tokens, but the segments of its prompt, which go to `sealed`.
+        run: of the tokens at its end that are kept whole and may share full pages with other requests: the key of what
+            lies before them, and where they begin. None where they may not.
+        seals: it wants no tokens, but all its segments, which go to `sealed`.
 
     State, kept by scheduler, prefill and runner:
         shared: segments of the prompt before the private one.
         private: the segment that grows while the sequence runs.
         offloaded: what takes the place of `own_segments` while it is preempted to host memory: copies of those that
             only it owns, and the shared ones themselves.
-        sealed: the segments of its prompt, for whoever asked for them.
+        sealed: its segments, for whoever asked for them.
+        page_keys: of its run, as far as its prompt goes, once they were needed.
+        cached_run: the segment that takes the place of the run's first pages.
         alone: prefilled by itself, after a prefill together with others failed.
         computed: tokens whose keys and values are cached.
         in_flight: tokens that were drawn and are not among its output yet, because only the device knows them.
@@ -96,11 +100,14 @@ class Request:
     siblings: list[Request] = field(default_factory=list)
     context: tuple[Segment, ...] = ()
     prefix_key: bytes | None = None
+    run: tuple[bytes, int] | None = None
     seals: bool = False
     shared: list[Segment] = field(default_factory=list)
     private: Segment | None = None
     offloaded: list[SegmentData | Segment] | None = None
     sealed: tuple[Segment, ...] = ()
+    page_keys: list[bytes] | None = None
+    cached_run: Segment | None = None
     alone: bool = False
     computed: int = 0
     in_flight: int = 0
@@ -147,6 +154,14 @@ class Request:
     def begin_with(self, prefix: Segment) -> None:
         """Makes a cached prefix, of which it has become an owner, take the place of its first part."""
         self.context, self.parts, self.prefix_key = (*self.context, prefix), self.parts[1:], None
+
+    def begin_run_with(self, pages: Segment) -> None:
+        """Makes cached pages, of which it has become an owner, take the place of the first tokens of its run."""
+        [part] = self.parts
+        begin = part.begin + pages.num_tokens
+        self.context, self.cached_run = (*self.context, pages), pages
+        self.parts = (PrefillPart(begin=begin, end=part.end, kept=part.end - begin),)
+        self.sequence.cached_tokens = begin
 
     def emit(self, text: str, token_ids: tuple[int, ...], reason: FinishReason | None) -> None:
         self.chunks.append(StreamChunk(index=self.completion, text=text, token_ids=token_ids, finish_reason=reason))

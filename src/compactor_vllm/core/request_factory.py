@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from typing import Any
 
+from compactor_vllm.compression.common import BaseCompressionMethod
 from compactor_vllm.config import LLMConfig
 from compactor_vllm.contexts.prefix_cache import prefix_key
 from compactor_vllm.core.context import MOST_SEGMENTS
@@ -44,9 +46,10 @@ class RequestFactory:
         groups: list[list[Request]] = []
         for i, sequence in enumerate(sequences):
             index = None if single else i
-            check_tokens(sequence.prompt_token_ids, self.spec.vocab_size, self.max_model_len, index)
             try:
                 self._check_context(sequence)
+                known = 0 if sequence.context is None else sequence.context.num_tokens
+                check_tokens(sequence.prompt_token_ids, self.spec.vocab_size, self.max_model_len, index, known)
                 group = self._requests(sequence, seals)
                 self._check_fit(group[0])
             except RequestError:
@@ -65,13 +68,14 @@ class RequestFactory:
         if context is None:
             return
         context.check_open()
-        if context._runner is not self.engine.runner:
+        if context._engine is not self.engine:
             raise InvalidInputError("this context belongs to another engine; save it there and load it here")
         if len(context.segments) > MOST_SEGMENTS:
             raise InvalidInputError(f"a context may have {MOST_SEGMENTS} segments, not {len(context.segments)}")
-        if sequence.prompt_token_ids[: context.num_tokens] != context.token_ids:
+        before = len(context.token_ids) + len(context.pending_ids)
+        if sequence.prompt_token_ids[:before] != [*context.token_ids, *context.pending_ids]:
             raise InvalidInputError("the prompt must begin with the context's tokens")
-        if len(sequence.prompt_token_ids) == context.num_tokens:
+        if len(sequence.prompt_token_ids) == before:
             raise InvalidInputError("the prompt is empty; at least one token must follow the context")
         if sequence.sampling_params.prompt_logprobs is not None:
             raise InvalidInputError("prompt_logprobs cannot be had of a context's tokens")
@@ -84,7 +88,8 @@ class RequestFactory:
         method = plan_method(sequence)
         parts = plan_parts(sequence, method, seals=seals)
         length = len(sequence.prompt_token_ids)
-        prefix_key = self._prefix_key(sequence, parts)
+        self._check_extension(sequence, method)
+        prefix_key = self._prefix_key(sequence, parts, seals)
         eos = () if params.ignore_eos else self.spec.eos_token_ids
         arrival, self._arrivals = self._arrivals, self._arrivals + params.n
         seed = derive_seed(self.config.seed, arrival) if params.seed is None else params.seed
@@ -100,6 +105,7 @@ class RequestFactory:
                     batch_compression_params=sequence.batch_compression_params,
                     make_constraint=sequence.make_constraint,
                     context=sequence.context,
+                    extension=sequence.extension,
                     cached_tokens=sequence.cached_tokens,
                 )
             )
@@ -118,6 +124,7 @@ class RequestFactory:
                     completion=completion,
                     context=() if sequence.context is None else sequence.context.segments,
                     prefix_key=prefix_key,
+                    run=None if seals else self._run(sequence, parts, method, prefix_key),
                     seals=seals,
                 )
             )
@@ -125,15 +132,40 @@ class RequestFactory:
             group[0].siblings = group[1:]
         return group
 
-    def _prefix_key(self, sequence: Sequence, parts: tuple[PrefillPart, ...]) -> bytes | None:
-        """Key of a prompt's first part, if it is one that later prompts may begin with."""
+    @staticmethod
+    def _check_extension(sequence: Sequence, method: BaseCompressionMethod) -> None:
+        if sequence.extension is None:
+            return
+        if method.decode_pruning is not None:
+            raise InvalidInputError(f"{method} prunes answers, so that they cannot become part of a context")
+        sequence.extension.check(sequence.context, 1 + (sequence.sampling_params.n > 1))
+
+    def _prefix_key(self, sequence: Sequence, parts: tuple[PrefillPart, ...], seals: bool) -> bytes | None:
+        """Key of a prompt's first part, if it is one that later prompts may begin with: its request bounded it."""
         wants_rows = sequence.sampling_params.prompt_logprobs is not None
-        if not self.config.prefix_cache or len(parts) < 2 or sequence.context is not None or wants_rows:
+        bounded = seals or len(parts) > 1
+        if not self.config.prefix_cache or not bounded or sequence.context is not None or wants_rows:
             return None
         part, batch = parts[0], sequence.batch_compression_params
         statistics = (batch.compression_type, batch.do_chunked_compression, batch.chunk_size)
         tokens = sequence.prompt_token_ids[part.begin : part.end]
         return prefix_key(tokens, sequence.cache_salt, part.kept, part.protected, part.method, statistics)
+
+    def _run(
+        self,
+        sequence: Sequence,
+        parts: tuple[PrefillPart, ...],
+        method: BaseCompressionMethod,
+        prefix_key: bytes | None,
+    ) -> tuple[bytes, int] | None:
+        """See `Request.run`: what lies before the last part, if that is kept whole and stays so."""
+        whole = parts[-1].method is None and method.decode_pruning is None
+        wants_rows = sequence.sampling_params.prompt_logprobs is not None
+        if not self.config.prefix_cache or not whole or wants_rows or sequence.extension is not None:
+            return None
+        salt = sequence.cache_salt.encode()
+        before = prefix_key or (b"" if sequence.context is None else sequence.context.key)
+        return hashlib.sha256(b"%d %s %d %s" % (len(before), before, len(salt), salt)).digest(), parts[-1].begin
 
     def _detokenizer(self, sequence: Sequence) -> IncrementalDetokenizer | None:
         stop = tuple(sequence.sampling_params.stop)
@@ -144,7 +176,9 @@ class RequestFactory:
         return IncrementalDetokenizer(self.tokenizer, stop=stop, prompt_token_ids=sequence.prompt_token_ids)
 
     def _check_fit(self, request: Request) -> None:
-        needed, total = self.engine.scheduler.pages_to_finish(request), self.engine.manager.pages.num_pages
+        manager = self.engine.manager
+        needed = self.engine.scheduler.pages_to_finish(request)
+        needed, total = needed + sum(map(manager.pages_filled, request.context)), manager.pages.num_pages
         if needed > total:
             raise InvalidInputError(
                 f"this request needs up to {needed} pages and the pool has {total}; lower max_new_tokens or "

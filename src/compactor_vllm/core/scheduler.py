@@ -7,17 +7,26 @@ running list.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from compactor_vllm.compression.selection import kept_tokens
 from compactor_vllm.contexts.prefix_cache import PrefixCache
+from compactor_vllm.core.context_store import ContextStore
 from compactor_vllm.core.memory_manager import KVCacheManager
+from compactor_vllm.core.prefix_lookup import PrefixLookup
 from compactor_vllm.core.request import Request
 from compactor_vllm.errors import OutOfPagesError
 from compactor_vllm.kv_cache.segment import Segment, SegmentData
 from compactor_vllm.utils.sequence import SequenceStatus
+
+if TYPE_CHECKING:
+    from compactor_vllm.core.context import Context
+
+T = TypeVar("T")
 
 GROWTH_PAGES = 8
 """Pages per head for which a new segment has page-table entries; more are found when they are needed."""
@@ -35,6 +44,8 @@ class Scheduler:
     def __init__(self, manager: KVCacheManager, max_num_seqs: int, max_prefill_tokens: int):
         self.manager, self.max_num_seqs, self.max_prefill_tokens = manager, max_num_seqs, max_prefill_tokens
         self.prefixes = PrefixCache(manager.share, manager.free)
+        self.contexts = ContextStore(manager)
+        self._lookup = PrefixLookup(manager, self.prefixes)
         self.queue: list[Request] = []
         self.prefilling: list[Request] = []
         self.running: list[Request] = []
@@ -44,13 +55,16 @@ class Scheduler:
         return bool(self.queue or self.prefilling or self.running)
 
     def add(self, request: Request) -> None:
+        if request.sequence.context is not None:
+            self.contexts.touch(request.sequence.context._held)
         insort(self.queue, request, key=lambda r: r.arrival)
 
     def take_sealed(self, request: Request) -> None:
         """Ends a prefilled request that wants its segments: they are its `sealed`, owned by whoever takes them."""
-        self.prefilling.remove(request)
-        request.sealed = tuple(request.own_segments)
-        request.shared, request.private = [], None
+        if request.prefix_key is not None:
+            self.prefixes.add(request.prefix_key, request.own_segments[0])
+        request.sealed = tuple(request.segments)
+        request.context, request.shared, request.private = (), [], None
         self.remove(request)
 
     # ---- sizes ---------------------------------------------------------------------------------------------------
@@ -89,62 +103,110 @@ class Scheduler:
         Args:
             most_tokens: prompt tokens that may be taken; None takes at least one prompt, however long.
         """
+        self.contexts.collect()
         started: list[Request] = []
-        tokens = 0
+        tokens = at = 0
         limit = self.max_prefill_tokens if most_tokens is None else most_tokens
-        while self.queue:
-            head = self.queue[0]
+        while at < len(self.queue):
+            head = self.queue[at]
+            if at and not head.context:
+                at += 1
+                continue
             if self._seats_taken(started) + 1 + len(head.siblings) > self.max_num_seqs:
                 break
-            if not self._find_prefix(head, started):
+            if not self._lookup.find_prefix(head, [*self.prefilling, *started]):
                 break
+            self._lookup.find_run(head)
             length = sum(len(part) for part in head.parts)
             full = tokens + length > limit and (bool(started) or most_tokens is not None)
             if head.offloaded is None and (full or (started and (head.alone or started[0].alone))):
                 break
             try:
-                if head.offloaded is not None:
-                    self._restore(head)
-                elif head.computed:  # a sibling that lost its own tail and still shares the prompt
-                    head.private = self._new_tail(head)
-                    self._run(head)
-                else:
-                    self._reserve(head)
-                    started.append(head)
-                    tokens += length
+                self._start(head)
             except OutOfPagesError:
-                if self.prefixes.evict_one():
+                if self.make_room(head, *started):
                     continue
-                break
-            self.queue.pop(0)
+                if at == 0 and not self._waits_for_contexts(head):
+                    break
+                at += 1
+                continue
+            if head not in self.running:
+                started.append(head)
+                tokens += length
+            self.queue.pop(at)
         self.prefilling += started
         return started
 
-    def _find_prefix(self, request: Request, started: list[Request]) -> bool:
-        """Looks for a request's first part among the cached prefixes; False if another request is making it now."""
-        key = request.prefix_key
-        if key is None:
-            return True
-        prefix = self.prefixes.find(key)
-        if prefix is None:
-            return all(other.prefix_key != key for other in (*self.prefilling, *started))
-        members = [request, *request.siblings]
-        self.manager.share(prefix, len(members))
-        for member in members:
-            member.begin_with(prefix)
-            member.sequence.cached_tokens = prefix.num_tokens
-        return True
+    def _start(self, request: Request) -> None:
+        """Gives a request the pages that it needs to run, or to be prefilled.
 
-    def _keep_prefix(self, request: Request) -> None:
-        """Puts the first part of a prefilled request among the cached prefixes, if it has a key."""
-        key = request.prefix_key
-        if key is None:
-            return
-        prefix = request.shared.pop(0)
-        self.prefixes.add(key, prefix)
-        self.manager.share(prefix, len(request.siblings))
-        for member in [request, *request.siblings]:
-            member.begin_with(prefix)
+        Raises:
+            OutOfPagesError: they are not free.
+        """
+        for segment in request.context:
+            self.manager.bring_back(segment)
+        if request.offloaded is not None:
+            self._restore(request)
+        elif request.computed:  # a sibling that lost its own tail and still shares the prompt
+            request.private = self._new_tail(request)
+            self._run(request)
+        elif request.parts:
+            self._reserve(request)
+
+    def make_room(self, *asking: Request) -> bool:
+        """Frees a cached prefix that nobody uses, else sends a context that nobody reads to host memory.
+
+        Args:
+            asking: requests whose own contexts stay.
+
+        Returns:
+            False if there is neither.
+        """
+        reading = {id(s) for request in (*self.running, *self.prefilling, *asking) for s in request.segments}
+        return self.prefixes.evict_one() or self.contexts.park_one(reading)
+
+    def remember(self, request: Request) -> None:
+        """Puts the full pages of what a request keeps whole, as far as it has come, among the cached prefixes."""
+        self._lookup.remember(request)
+
+    def with_room(self, take: Callable[[], T]) -> T:
+        """Calls `take` until it finds room, or `make_room` has none left.
+
+        Raises:
+            OutOfPagesError: of the last try.
+        """
+        while True:
+            try:
+                return take()
+            except OutOfPagesError:
+                if not self.make_room():
+                    raise
+
+    @contextmanager
+    def reading(self, context: Context) -> Iterator[None]:
+        """Keeps the segments of a context in the page pool.
+
+        Raises:
+            OutOfPagesError: there is no room for those that are not.
+        """
+        context._held.readers += 1
+        try:
+            for segment in context.segments:
+                self.with_room(lambda: self.manager.bring_back(segment))  # noqa: B023
+            yield
+        finally:
+            context._held.readers -= 1
+
+    def _waits_for_contexts(self, request: Request) -> bool:
+        """Whether a request would not fit even if everything that runs had ended, because of open contexts.
+
+        Questions about contexts may overtake it: it may be their answers that somebody waits for to close them.
+        """
+        own = {id(segment) for segment in request.context}
+        needed = sum(self.manager.pages_filled(segment) for segment in request.context)
+        if request.offloaded is None:
+            needed += int(self.pages_to_start(request).sum())
+        return needed + self.contexts.fixed_pages(own) > self.manager.pages.num_pages
 
     def _seats_taken(self, started: list[Request]) -> int:
         return len(self.running) + sum(1 + len(r.siblings) for r in [*self.prefilling, *started])
@@ -205,7 +267,7 @@ class Scheduler:
         Raises:
             OutOfPagesError: no slots for the siblings' tails; the request is still prefilling.
         """
-        self._keep_prefix(request)
+        self._lookup.keep_prefix(request)
         group = [request, *request.siblings]
         if request.siblings:
             assert request.private is not None
@@ -254,7 +316,7 @@ class Scheduler:
                 self.manager.grow([r.private for r in self.running if r.private is not None])
                 return []
             except OutOfPagesError:
-                if self.prefixes.evict_one():
+                if self.make_room():
                     continue
                 running = len(self.running)
                 read_drawn()

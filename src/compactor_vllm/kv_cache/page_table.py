@@ -4,7 +4,8 @@ Shape suffixes: L layers, S segment slots, K KV heads, P pages, R rows of a page
 
 Ownership, as half-open intervals::
 
-    page ids       [0, num_pages)            each free, or owned by exactly one (segment, layer, KV head)
+    page ids       [0, num_pages)            each free, or owned by one (segment, layer, KV head), or by several
+                                             segments that share full pages of tokens that are kept whole
     page_table     [begin, begin + size)     one run per segment, layer after layer, head after head
     a head's part  [head_begin, head_begin + capacity), of which the first `granted` entries hold pages
 
@@ -22,12 +23,12 @@ from compactor_vllm.kv_cache.layer_cache import LayerCache, LayerKV
 
 
 class PageAllocator:
-    """Free page ids as a stack; allocation and release are slices of one array."""
+    """Free page ids as a stack, and how many owners each page has; all operations take arrays of different pages."""
 
     def __init__(self, num_pages: int):
         self.num_pages = num_pages
         self._stack = np.arange(num_pages - 1, -1, -1, dtype=np.int32)
-        self._owned = np.zeros(num_pages, dtype=bool)
+        self._owners = np.zeros(num_pages, dtype=np.int32)
         self.num_free = num_pages
 
     @property
@@ -44,24 +45,33 @@ class PageAllocator:
             raise OutOfPagesError(f"{count} pages needed, {self.num_free} of {self.num_pages} are free")
         self.num_free -= count
         pages = self._stack[self.num_free : self.num_free + count][::-1].copy()
-        self._owned[pages] = True
+        self._owners[pages] = 1
         return pages
 
+    def share(self, pages: np.ndarray) -> None:
+        """Adds an owner to each page."""
+        assert self._owners[pages].all(), "a page is shared that nobody owns"
+        self._owners[pages] += 1
+
     def free(self, pages: np.ndarray) -> None:
-        """Gives pages back; each must be owned."""
-        assert self._owned[pages].all(), "a page is freed that nobody owns"
-        self._owned[pages] = False
+        """Takes an owner away from each page; those without any go back."""
+        assert self._owners[pages].all(), "a page is freed that nobody owns"
+        self._owners[pages] -= 1
+        pages = pages[self._owners[pages] == 0]
         self._stack[self.num_free : self.num_free + len(pages)] = pages
         self.num_free += len(pages)
 
+    def owned_by(self, pages: np.ndarray) -> int:
+        """How many pages would be free if the owners that `pages` list, each page once an owner, let go of them."""
+        return int(((np.bincount(pages, minlength=self.num_pages) == self._owners) & (self._owners > 0)).sum())
+
     def check_integrity(self, owned_pages: np.ndarray) -> None:
-        """Asserts that exactly `owned_pages` (each once) are owned, and all others free once."""
-        ids, counts = np.unique(owned_pages, return_counts=True)
-        assert (counts == 1).all(), f"pages with two owners: {ids[counts > 1][:8]}"
-        assert np.array_equal(ids, np.flatnonzero(self._owned)), "owned pages differ from what segments hold"
+        """Asserts that exactly `owned_pages` (each once an owner) are owned, and all others free once."""
+        counts = np.bincount(owned_pages, minlength=self.num_pages)
+        assert np.array_equal(counts, self._owners), "owned pages differ from what segments hold"
         free = self._stack[: self.num_free]
-        assert len(np.unique(free)) == self.num_free and not self._owned[free].any(), "the free list is damaged"
-        assert self.num_free + len(ids) == self.num_pages, "pages are lost"
+        assert len(np.unique(free)) == self.num_free and not self._owners[free].any(), "the free list is damaged"
+        assert self.num_free + int((counts > 0).sum()) == self.num_pages, "pages are lost"
 
 
 class RunAllocator:

@@ -34,6 +34,7 @@ class Sequence:
         prompt_logprobs_from: first prompt token whose log-probabilities are computed, if they are asked for.
         cache_salt: prompts share cached prefixes only with prompts of the same salt.
         context: the `Context` that the prompt begins with, or None; its tokens are the first ones of the prompt.
+        extension: a `core.context.Extension` that makes a context of prompt and answer, or None.
 
     Filled by the engine:
         output_token_ids, text: what was generated; stop strings and end tokens are not part of the text.
@@ -47,6 +48,7 @@ class Sequence:
         kv_bytes_full: bytes of the pages that a full cache of the same tokens would hold.
         cached_tokens: prompt tokens that were not prefilled again.
         time_to_first_token: seconds from the request to its first token.
+        extended_context: the `Context` of prompt and answer, if that was asked for; the caller closes it.
         error: what went wrong, for finish_reason "error".
     """
 
@@ -58,6 +60,7 @@ class Sequence:
     prompt_logprobs_from: int = 0
     cache_salt: str = ""
     context: Any = None
+    extension: Any = None
     output_token_ids: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: FinishReason | None = None
@@ -70,6 +73,7 @@ class Sequence:
     kv_bytes_full: int | None = None
     cached_tokens: int = 0
     time_to_first_token: float | None = None
+    extended_context: Any = None
     error: str | None = None
 
     @property
