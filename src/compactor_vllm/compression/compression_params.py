@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from compactor_vllm.errors import InvalidInputError
 
@@ -27,6 +27,11 @@ class CompressionMethod(str, Enum):
 
     __repr__ = __str__
 
+
+AUTO = "auto"
+"""The `compression_ratio` that is inferred from the context."""
+
+DEFAULT_QUALITY = 0.95
 
 MethodSpec = Any
 """A `CompressionMethod`, a registry name, "package.module:Class", "file.py:Class", or a configured instance."""
@@ -67,7 +72,10 @@ class SequenceCompressionParams:
     """How much of one sequence is kept.
 
     Attributes:
-        compression_ratio: fraction of tokens KEPT, in (0, 1]; 1.0 keeps everything.
+        compression_ratio: fraction of tokens KEPT, in (0, 1]; 1.0 keeps everything. "auto" infers from the context how
+            much has to stay for `quality`, by a calibration of the model and method (`compactor-vllm calibrate`).
+        quality: what "auto" keeps of the full cache's quality, in (0, 1): the ratio of negative log-likelihoods of
+            right answers. None is 0.95.
         max_kept_tokens: absolute alternative: at most so many tokens per KV head on average.
         protected_first_tokens: first tokens that are always kept, inside the budget.
         protected_last_tokens: last tokens that are always kept, inside the budget.
@@ -80,7 +88,8 @@ class SequenceCompressionParams:
         InvalidInputError: a field is out of range.
     """
 
-    compression_ratio: float = 1.0
+    compression_ratio: float | Literal["auto"] = 1.0
+    quality: float | None = None
     max_kept_tokens: int | None = None
     protected_first_tokens: int = 16
     protected_last_tokens: int = 64
@@ -90,11 +99,16 @@ class SequenceCompressionParams:
     protected_ranges: Sequence[tuple[int, int]] = ()
 
     def __post_init__(self) -> None:
-        r = self.compression_ratio
-        if not isinstance(r, (int, float)) or isinstance(r, bool) or not math.isfinite(r) or not 0 < r <= 1:
+        r, quality = self.compression_ratio, self.quality
+        if r != AUTO and not (_is_number(r) and 0 < r <= 1):
             raise InvalidInputError(
-                f"compression_ratio is the fraction kept and must lie in (0, 1] (1.0 keeps everything), not {r!r}"
+                "compression_ratio is the fraction kept and must lie in (0, 1] (1.0 keeps everything), or be "
+                f'"auto", not {r!r}'
             )
+        if quality is not None and not (_is_number(quality) and 0 < quality < 1):
+            raise InvalidInputError(f"quality must lie in (0, 1), not {quality!r}")
+        if quality is not None and r != AUTO:
+            raise InvalidInputError(f'quality has an effect with compression_ratio="auto" only, not with {r!r}')
         for name in ("protected_first_tokens", "protected_last_tokens"):
             _check_int(name, getattr(self, name), 0)
         for name in ("max_kept_tokens", "context_end"):
@@ -106,8 +120,17 @@ class SequenceCompressionParams:
         object.__setattr__(self, "protected_ranges", _check_ranges(self.protected_ranges))
 
     @property
+    def wanted_quality(self) -> float | None:
+        """What "auto" aims at; None for a fixed ratio."""
+        return (DEFAULT_QUALITY if self.quality is None else self.quality) if self.compression_ratio == AUTO else None
+
+    @property
     def keeps_everything(self) -> bool:
         return self.compression_ratio == 1.0 and self.max_kept_tokens is None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_int(name: str, value: Any, low: int) -> None:

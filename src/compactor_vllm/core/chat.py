@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from compactor_vllm.compression.compression_params import SequenceCompressionParams
+from compactor_vllm.compression.compression_params import AUTO, SequenceCompressionParams
 from compactor_vllm.compression.selection import kept_tokens
 from compactor_vllm.errors import InvalidInputError
 
@@ -105,7 +105,8 @@ def chat_prompt(
     content = str(messages[users[-1]]["content"]).strip()
     suffix_at = text.rfind(content) + len(content) if content in text else len(text)
     suffix = next((i for i, end in enumerate(ends) if end > suffix_at), len(ends) - 1)
-    budget = kept_tokens(len(token_ids), params.compression_ratio, params.max_kept_tokens, 0)
+    ratio = 1.0 if params.compression_ratio == AUTO else params.compression_ratio  # not known yet
+    budget = kept_tokens(len(token_ids), float(ratio), params.max_kept_tokens, 0)
     fits = len(token_ids) - message + params.protected_first_tokens <= budget
     tail = (message if fits else suffix, len(token_ids))
     return ChatPrompt(token_ids=token_ids, params=replace(params, protected_ranges=(*params.protected_ranges, tail)))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compactor_vllm.compression.compression_params import SequenceCompressionParams
+from compactor_vllm.compression.compression_params import AUTO, SequenceCompressionParams
 from compactor_vllm.compression.selection import kept_tokens, protected_spans
 from compactor_vllm.core.chat import Message, check_messages, encode, render
 from compactor_vllm.core.context_transfer import save_units
@@ -127,6 +127,8 @@ class Context:
             protected_first_tokens=protected_first_tokens,
             protected_last_tokens=protected_last_tokens,
         )
+        if params.compression_ratio == AUTO:
+            raise InvalidInputError("a context is recompressed to a ratio that is given as a number")
         engine, begin, made = self._engine, 0, []  # type: ignore[var-annotated]
         manager = engine.manager
         try:
@@ -181,7 +183,7 @@ class Context:
 def _budget(params: SequenceCompressionParams, begin: int, length: int) -> tuple[int, tuple[tuple[int, int], ...]]:
     """Tokens that a segment of `length` tokens from position `begin` on may keep, and positions that stay."""
     spans = protected_spans(length, params.protected_first_tokens, params.protected_last_tokens, [])
-    kept = kept_tokens(length, params.compression_ratio, None, sum(high - low for low, high in spans))
+    kept = kept_tokens(length, float(params.compression_ratio), None, sum(high - low for low, high in spans))
     return kept, tuple((begin + low, begin + high) for low, high in spans)
 
 

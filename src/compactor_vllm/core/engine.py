@@ -16,7 +16,7 @@ from compactor_vllm.core.prefill import PrefillJob
 from compactor_vllm.core.request import Request
 from compactor_vllm.core.scheduler import Scheduler, prune_budget
 from compactor_vllm.core.unit_sizes import INTERRUPTING_TOKENS, UnitSizes
-from compactor_vllm.errors import OutOfPagesError
+from compactor_vllm.errors import CompactorError, OutOfPagesError
 from compactor_vllm.layers.sampler import SamplingBatch, sample, uniform
 from compactor_vllm.models.fingerprint import fingerprint
 from compactor_vllm.utils.sequence import FinishReason, SequenceStatus
@@ -45,6 +45,7 @@ class Engine:
         self.max_stall = max_decode_stall_ms / 1000
         self._jobs: list[PrefillJob] = []  # each interrupts the one before
         self._owed = 0.0  # seconds that an interrupted prefill may run before the next interruption
+        self._waiting: dict[Request, Request] = {}  # by the request of their probe
         self._drawn: PendingTokens | None = None
         self._pace = Pace(runner.device)
 
@@ -56,12 +57,18 @@ class Engine:
         pruning = request.method.decode_pruning
         if pruning is not None:
             request.window_LWHD = self.runner.new_window(pruning.window)
-        self.scheduler.add(request)
+        if request.probe is None:
+            self.scheduler.add(request)
+        else:
+            self._waiting[request.probe.request] = request
+            self.scheduler.add(request.probe.request)
 
     def abort(self, request: Request) -> None:
         """Ends a request, wherever it is, and frees its pages; others go on."""
         if request.sequence.is_finished:
             return
+        if request.probe is not None and self._waiting.pop(request.probe.request, None) is not None:
+            self.abort(request.probe.request)
         for job in list(self._jobs):
             if request in job.requests:
                 self._cancel(job)
@@ -73,7 +80,7 @@ class Engine:
         """Ends everything that has not finished."""
         for job in list(self._jobs):
             self._cancel(job)
-        for request in [*self.scheduler.queue, *self.scheduler.running]:
+        for request in [*self._waiting.values(), *self.scheduler.queue, *self.scheduler.running]:
             self.abort(request)
 
     @cached_property
@@ -343,6 +350,19 @@ class Engine:
             self._extend(request)
         self.scheduler.remove(request)
         request.finish(reason, error)
+        waiting = self._waiting.pop(request, None)
+        if waiting is not None:
+            self._start_waiting(waiting)
+
+    def _start_waiting(self, request: Request) -> None:
+        """Puts a request whose probe has ended into the queue."""
+        assert request.probe is not None
+        try:
+            request.probe.settle(request)
+        except CompactorError as error:
+            self._fail([request, *request.siblings], error)
+        else:
+            self.scheduler.add(request)
 
     def _extend(self, request: Request) -> None:
         """Makes a context of a request that has ended, if that was asked for."""

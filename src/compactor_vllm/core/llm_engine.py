@@ -248,6 +248,11 @@ class LLM:
         }
 
     @property
+    def fingerprint(self) -> str:
+        """Which weights the model has; calibrations and saved contexts belong to it."""
+        return self._engine.fingerprint
+
+    @property
     def free_pages(self) -> int:
         """Pages of the pool that nobody uses; cached prefixes that wait for a next user count as free."""
         manager, scheduler = self._engine.manager, self._engine.scheduler

@@ -46,7 +46,7 @@ class PendingContext:
         segments, request.sealed = request.sealed, ()
         if not segments:
             raise CompactorError(f"the context could not be compressed: {sequence.error or sequence.finish_reason}")
-        text = f"{request.method}, ratio {sequence.compression_params.compression_ratio:g}"
+        text = f"{request.method}, ratio {sequence.retention:g}"
         return Context(
             self._llm._engine,
             self._llm.config.model,

@@ -68,7 +68,7 @@ def _compressed_part(begin: int, end: int, sequence: Sequence, method: BaseCompr
     inside = [(max(low, begin) - begin, min(high, end) - begin) for low, high in params.protected_ranges if low < end]
     protected = protected_spans(length, first, last, inside)
     count = sum(high - low for low, high in protected)
-    kept = kept_tokens(length, params.compression_ratio, params.max_kept_tokens, count)
+    kept = kept_tokens(length, sequence.retention, params.max_kept_tokens, count)
     keeps_all = method.name == "none" or (kept == length and method.mode == "streaming")
     if keeps_all:
         return PrefillPart(begin=begin, end=end, kept=length)

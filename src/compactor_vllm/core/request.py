@@ -15,6 +15,7 @@ from compactor_vllm.layers.penalties import TokenCounts
 from compactor_vllm.utils.sequence import Sequence, SequenceStatus, StreamChunk
 
 if TYPE_CHECKING:
+    from compactor_vllm.core.probe import Probe
     from compactor_vllm.utils.sequence import FinishReason
 
 
@@ -68,6 +69,7 @@ class Request:
         run: of the tokens at its end that are kept whole and may share full pages with other requests: the key of what
             lies before them, and where they begin. None where they may not.
         seals: it wants no tokens, but all its segments, which go to `sealed`.
+        probe: what has to be known of its context before its parts are; None where they are.
 
     State, kept by scheduler, prefill and runner:
         shared: segments of the prompt before the private one.
@@ -102,6 +104,7 @@ class Request:
     prefix_key: bytes | None = None
     run: tuple[bytes, int] | None = None
     seals: bool = False
+    probe: Probe | None = None
     shared: list[Segment] = field(default_factory=list)
     private: Segment | None = None
     offloaded: list[SegmentData | Segment] | None = None

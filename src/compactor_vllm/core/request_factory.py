@@ -6,13 +6,16 @@ import hashlib
 import time
 from typing import Any
 
+from compactor_vllm.compression.calibration import find_calibration, probe_window
 from compactor_vllm.compression.common import BaseCompressionMethod
-from compactor_vllm.config import LLMConfig
+from compactor_vllm.compression.compression_params import AUTO
+from compactor_vllm.config import LLMConfig, SamplingParams
 from compactor_vllm.contexts.prefix_cache import prefix_key
 from compactor_vllm.core.context import MOST_SEGMENTS
 from compactor_vllm.core.detokenizer import IncrementalDetokenizer
 from compactor_vllm.core.engine import Engine
 from compactor_vllm.core.planning import check_tokens, plan_method, plan_parts, warn_without_effect
+from compactor_vllm.core.probe import Probe
 from compactor_vllm.core.request import PrefillPart, Request
 from compactor_vllm.errors import InvalidInputError, MissingDependencyError, RequestError
 from compactor_vllm.layers.penalties import TokenCounts, has_penalties
@@ -51,7 +54,8 @@ class RequestFactory:
                 known = 0 if sequence.context is None else sequence.context.num_tokens
                 check_tokens(sequence.prompt_token_ids, self.spec.vocab_size, self.max_model_len, index, known)
                 group = self._requests(sequence, seals)
-                self._check_fit(group[0])
+                probe = group[0].probe
+                self._check_fit(group[0] if probe is None else probe.request)
             except RequestError:
                 raise
             except InvalidInputError as error:
@@ -87,9 +91,10 @@ class RequestFactory:
             raise InvalidInputError(f"n={params.n} is more than max_num_seqs={self.config.max_num_seqs}")
         method = plan_method(sequence)
         parts = plan_parts(sequence, method, seals=seals)
+        probe = self._probe(sequence, method, parts[0])
         length = len(sequence.prompt_token_ids)
         self._check_extension(sequence, method)
-        prefix_key = self._prefix_key(sequence, parts, seals)
+        prefix_key = None if probe else self._prefix_key(sequence, parts, seals)
         eos = () if params.ignore_eos else self.spec.eos_token_ids
         arrival, self._arrivals = self._arrivals, self._arrivals + params.n
         seed = derive_seed(self.config.seed, arrival) if params.seed is None else params.seed
@@ -124,13 +129,39 @@ class RequestFactory:
                     completion=completion,
                     context=() if sequence.context is None else sequence.context.segments,
                     prefix_key=prefix_key,
-                    run=None if seals else self._run(sequence, parts, method, prefix_key),
+                    run=None if seals or probe else self._run(sequence, parts, method, prefix_key),
                     seals=seals,
+                    probe=probe,
                 )
             )
         if method.decode_pruning is None:  # pruning changes a sequence's own segment, so it cannot share its prompt
             group[0].siblings = group[1:]
         return group
+
+    def _probe(self, sequence: Sequence, method: BaseCompressionMethod, part: PrefillPart) -> Probe | None:
+        """The question about a context whose ratio is to be inferred; None for a fixed one."""
+        if sequence.compression_params.compression_ratio != AUTO or method.name == "none":
+            return None
+        calibration = find_calibration(self.config.model, self.engine.fingerprint, method)
+        begin, end = probe_window(len(part))
+        window = sequence.prompt_token_ids[part.begin + begin : part.begin + end]
+        sampling = SamplingParams(temperature=0, max_new_tokens=1, prompt_logprobs=0)
+        [request] = self._requests(Sequence(prompt_token_ids=window, sampling_params=sampling), False)
+        return Probe(request=request, calibration=calibration, plan=self._plan_again)
+
+    def _plan_again(self, request: Request) -> None:
+        """Plans a request whose ratio has become known.
+
+        Raises:
+            InvalidInputError: it does not fit.
+        """
+        sequence, method = request.sequence, request.method
+        parts = plan_parts(sequence, method, seals=request.seals)
+        prefix_key = self._prefix_key(sequence, parts, request.seals)
+        for member in [request, *request.siblings]:
+            member.parts, member.prefix_key = parts, prefix_key
+            member.run = None if member.seals else self._run(sequence, parts, method, prefix_key)
+        self._check_fit(request)
 
     @staticmethod
     def _check_extension(sequence: Sequence, method: BaseCompressionMethod) -> None:

@@ -392,4 +392,4 @@ def prune_budget(request: Request, total_tokens: int) -> int:
     """Tokens per KV head that a running sequence of `total_tokens` tokens is pruned to."""
     params = request.sequence.compression_params
     protected = min(params.protected_first_tokens + params.protected_last_tokens, total_tokens)
-    return kept_tokens(total_tokens, params.compression_ratio, params.max_kept_tokens, protected)
+    return kept_tokens(total_tokens, request.sequence.retention, params.max_kept_tokens, protected)

@@ -12,7 +12,9 @@ from collections.abc import Sequence as SequenceOf
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from compactor_vllm.compression.calibration import probe_window
 from compactor_vllm.config import SamplingParams
+from compactor_vllm.core.probe import window_nll
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.evaluation.run_config import FULL_CACHE, Cell, MethodChoice, RunConfig
 from compactor_vllm.evaluation.run_directory import Record
@@ -70,10 +72,14 @@ class LabelFree:
     target's tokens with this cache and with the full one; "nll_ratio" = nll_full / nll, g(r) of the Compactor paper
     (arXiv 2507.08143); "top1", the fraction of positions whose likeliest token is the same; "kl", the mean of
     KL(full || compressed) in nats, see `divergence`; costs.
+
+    Args:
+        context_nll: also measure NLL(context) of a window of each context, as `compression.calibration` has it.
     """
 
-    def __init__(self, llm: Any, config: RunConfig):
-        self._llm, self._config = llm, config
+    def __init__(self, llm: Any, config: RunConfig, *, context_nll: bool = False):
+        self._llm, self._config, self._probes = llm, config, context_nll
+        self._context_nll: dict[int, Record] = {}
         self._full: dict[int, tuple[list[Distribution], Any]] = {}
         self._targets: dict[int, list[int]] = {}
 
@@ -83,6 +89,7 @@ class LabelFree:
         cell = Cell(choice=MethodChoice(label=FULL_CACHE, method=FULL_CACHE), retention=1.0)
         results = self._predict([(sample, cell) for sample in samples])
         self._full = {id(sample): result for sample, result in zip(samples, results, strict=True)}
+        self._context_nll = self._probe(samples) if self._probes else {}
 
     def measure(self, pairs: SequenceOf[Pair]) -> list[Record]:
         compressed = iter(self._predict([pair for pair in pairs if pair[1].choice.label != FULL_CACHE]))
@@ -90,8 +97,18 @@ class LabelFree:
         for sample, cell in pairs:
             full = self._full[id(sample)]
             rows, sequence = full if cell.choice.label == FULL_CACHE else next(compressed)
-            records.append(compare(full[0], rows, self._targets[id(sample)]) | costs(sequence))
+            known = self._context_nll.get(id(sample), {})
+            records.append(compare(full[0], rows, self._targets[id(sample)]) | known | costs(sequence))
         return records
+
+    def _probe(self, samples: SequenceOf[Sample]) -> dict[int, Record]:
+        prompts = prompts_of(self._llm.tokenizer, samples, self._config.query_aware)
+        ends = {key: prompt.context_end for key, prompt in prompts.items()}
+        windows = [prompts[key].token_ids[slice(*probe_window(end))] for key, end in ends.items()]
+        sampling = SamplingParams(temperature=0, max_new_tokens=1, prompt_logprobs=0)
+        sequences = self._llm.generate(windows, sampling, return_sequences=True)
+        check_finished(sequences)
+        return {key: {"context_nll": window_nll(s)} for key, s in zip(ends, sequences, strict=True)}
 
     def _target(self, sample: Sample) -> list[int]:
         text = sample.answers[0] if not sample.chat else " " + ", ".join(sample.answers)
@@ -115,7 +132,13 @@ class LabelFree:
         ]
         self._llm.generate_from_sequences(sequences)
         check_finished(sequences)
-        return [(s.prompt_logprobs[-len(t) :], s) for s, t in zip(sequences, targets, strict=True)]
+        return [(_tail(s, len(t)), s) for s, t in zip(sequences, targets, strict=True)]
+
+
+def _tail(sequence: Sequence, count: int) -> list[Distribution]:
+    """The distributions before the last `count` tokens of a prompt."""
+    assert sequence.prompt_logprobs is not None
+    return [entry for entry in sequence.prompt_logprobs[-count:] if entry is not None]
 
 
 def compare(full: SequenceOf[Distribution], own: SequenceOf[Distribution], target: SequenceOf[int]) -> Record:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
 
-from compactor_vllm.compression.compression_params import BatchCompressionParams, SequenceCompressionParams
+from compactor_vllm.compression.compression_params import AUTO, BatchCompressionParams, SequenceCompressionParams
 from compactor_vllm.config import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -46,6 +46,8 @@ class Sequence:
         kept_fraction: kept (token, layer, head) triples over all of the prompt.
         kv_bytes: bytes of the pages that its cache held when it finished.
         kv_bytes_full: bytes of the pages that a full cache of the same tokens would hold.
+        chosen_ratio, predicted_quality: the fraction kept that compression_ratio="auto" inferred, and the quality that
+            the model's calibration promises for it; None for a fixed ratio.
         cached_tokens: prompt tokens that were not prefilled again.
         time_to_first_token: seconds from the request to its first token.
         extended_context: the `Context` of prompt and answer, if that was asked for; the caller closes it.
@@ -71,10 +73,20 @@ class Sequence:
     kept_fraction: float | None = None
     kv_bytes: int | None = None
     kv_bytes_full: int | None = None
+    chosen_ratio: float | None = None
+    predicted_quality: float | None = None
     cached_tokens: int = 0
     time_to_first_token: float | None = None
     extended_context: Any = None
     error: str | None = None
+
+    @property
+    def retention(self) -> float:
+        """The fraction kept; 1 where it has yet to be inferred."""
+        ratio = self.compression_params.compression_ratio
+        if ratio == AUTO:
+            return 1.0 if self.chosen_ratio is None else self.chosen_ratio
+        return float(ratio)
 
     @property
     def is_finished(self) -> bool:
