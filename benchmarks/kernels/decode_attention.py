@@ -29,7 +29,7 @@ HEADS, KV_HEADS, HEAD_DIM, PAGE, LAYERS = 32, 8, 128, 128, 36
 SCALE = HEAD_DIM**-0.5
 PRIVATE = [(1, 32768), (1, 131072), (8, 8192), (8, 32768), (32, 8192), (64, 4096), (128, 2048), (1, 4096), (256, 512)]
 SHARED = [(16, 32768), (64, 32768), (256, 8192)]
-TUNE_CASES = [(1, 32768, False), (8, 8192, True), (8, 32768, False), (64, 4096, True)]
+TUNE_CASES = [(1, 32768, False), (8, 32768, False), (64, 4096, True), (256, 512, False), (256, 512, True)]
 PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "fa2": SDPBackend.FLASH_ATTENTION}
 TOKEN_BYTES = 2 * HEAD_DIM * 2
 
@@ -92,8 +92,7 @@ def build(lens_SK: Tensor, segments_BG: Tensor) -> Workload:
 
 
 def private_workload(batch: int, tokens: int, skewed: bool) -> Workload:
-    segments = torch.full((batch, 8), -1)
-    segments[:, 0] = torch.arange(batch)
+    segments = torch.arange(batch)[:, None]
     return build(ragged_lengths(batch, tokens, skewed), segments)
 
 
@@ -224,7 +223,8 @@ def small_variants(base: DecodeConfig) -> list[tuple[str, DecodeConfig]]:
     shapes = [
         (64, 4, 3, 2, 16, 4), (64, 4, 4, 2, 16, 4), (64, 4, 3, 3, 16, 4), (64, 4, 2, 3, 16, 4), (64, 2, 3, 3, 16, 4),
         (128, 4, 3, 1, 16, 4), (128, 8, 3, 1, 16, 4), (32, 2, 4, 4, 16, 4), (32, 1, 3, 6, 16, 4), (32, 4, 5, 3, 16, 4),
-        (64, 4, 4, 2, 64, 1), (64, 4, 4, 2, 16, 8), (64, 4, 4, 2, 16, 0),
+        (64, 4, 4, 2, 64, 1), (64, 4, 4, 2, 16, 8), (64, 4, 4, 2, 16, 0), (32, 4, 3, 4, 16, 4), (32, 4, 4, 4, 16, 4),
+        (32, 4, 4, 3, 16, 4), (32, 4, 4, 4, 16, 8), (16, 4, 6, 4, 16, 8), (16, 1, 6, 8, 16, 8),
     ]  # fmt: skip
     variants = []
     for block_n, warps, stages, programs, unit, overhead in shapes:

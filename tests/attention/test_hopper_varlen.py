@@ -34,17 +34,19 @@ def facts_of(*cases: str) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def check_facts(facts: dict, *, loads: int) -> None:
+def check_facts(facts: dict, *, loads: int, registers: int = 240) -> None:
     """`loads`: places in the producer that load a tile."""
     head_dim = int(facts["case"].split(":")[0])
     k_steps, boxes = head_dim // 16, head_dim // 64
     assert facts["shared_bytes"] <= SHARED_LIMIT
     assert facts["local_accesses"] == 0
-    # Two consumers: the first S; S and O of a step; its second S, rarely; S and O of the step between two items.
-    assert facts["hgmma"] == 2 * (k_steps + (k_steps + 8) + k_steps + (k_steps + 8))
+    # Two consumers: the first S; S and O of a step; its second S, rarely; S and O of the step between two items (for
+    # shared segments, pieces end by themselves).
+    last = 8 if "shared" in facts["case"] else k_steps + 8
+    assert facts["hgmma"] == 2 * (k_steps + (k_steps + 8) + k_steps + last)
     assert facts["tma_loads"] == boxes * loads
     granted = [role[0] for role in facts["role_registers"]]
-    assert granted.count(240) == 2
+    assert granted.count(registers) == 2
     assert all(used <= allowed for allowed, used in facts["role_registers"])
     # The main loop's softmax, 64 exponentials a thread, lies between the wait for S and the wait for O.
     assert sum(exps >= 64 for exps in facts["exps_under_product"]) >= 2
@@ -60,6 +62,11 @@ def test_machine_code_with_a_prefix() -> None:
     check_facts(facts, loads=23)
 
 
+def test_machine_code_for_shared_segments() -> None:
+    (facts,) = facts_of("128:bf16:shared")
+    check_facts(facts, loads=2, registers=232)
+
+
 @pytest.mark.slow
 def test_machine_code_of_the_other_configurations() -> None:
     plain = facts_of("128:bf16", "128:fp16:lse", "64:bf16", "64:fp16:lse")
@@ -67,6 +74,8 @@ def test_machine_code_of_the_other_configurations() -> None:
         check_facts(facts, loads=10)
     for facts in facts_of("128:fp16:prefix", "64:bf16:prefix:lse"):
         check_facts(facts, loads=23)
+    for facts in facts_of("64:bf16:shared", "128:fp16:shared"):
+        check_facts(facts, loads=2, registers=232)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 3, 8])

@@ -100,8 +100,24 @@ def test_ragged_lengths(
     lengths = [0, 1, page_size - 1, page_size, page_size + 1, 2 * page_size + 5]
     lens = [[lengths[(s + 2 * h) % len(lengths)] + h * (s % 2) for h in range(kv_heads)] for s in range(len(lengths))]
     case = make_case(lens, head_dim=head_dim, page_size=page_size, dtype=dtype, device=device)
-    segments = segments_table([[3], [0], [2], [5], [1], [4], []], device, columns=1)
-    _assert_close(case, segments, *_run(case, segments, kv_heads * group))
+    for columns, max_sharing in ((1, 1), (2, None)):  # one launch that merges for itself, and two
+        segments = segments_table([[3], [0], [2], [5], [1], [4], []], device, columns=columns)
+        _assert_close(case, segments, *_run(case, segments, kv_heads * group, None, max_sharing))
+
+
+def test_a_plan_can_be_used_again(device: torch.device) -> None:
+    """Programs count the pieces of an item that they have finished; the last one leaves the count as it was."""
+    case = make_case([[900, 20], [64, 700]], head_dim=16, page_size=32, dtype=torch.float32, device=device)
+    segments = segments_table([[0], [1]], device, columns=1)
+    cache, q_BHD = case.cache, torch.randn(2, 4, 16, device=device)
+    lens, begins = cache.seg_lens_SK[None], cache.head_begin_SK[None]
+    plan = plan_decode(
+        lens, begins, segments, num_heads=4, head_dim=16, dtype=torch.float32, max_sharing=1, config=_config()
+    )
+    assert int(plan.words_LW[0, 1]) < 700 // 16  # a share is less than a long head
+    for _ in range(3):
+        out = poisoned(2, 4, 16, dtype=torch.float32, device=device)
+        _assert_close(case, segments, q_BHD, decode_attention(q_BHD, cache, segments, SCALE, out=out, plan=plan))
 
 
 @pytest.mark.parametrize("max_sharing", [None, 1, 2])
@@ -266,6 +282,21 @@ def test_large_shared_segment(dependent_launch: bool) -> None:
     case = make_case(lens, head_dim=128, page_size=128, dtype=torch.bfloat16, device=device)
     segments = segments_table([[0, 1 + b] for b in range(40)], device)
     _assert_close(case, segments, *_run(case, segments, 8, config))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("head_dim", "group"), [(128, 4), (64, 3), (128, 1), (64, 16)])
+def test_shared_segments_of_any_length(dtype: torch.dtype, head_dim: int, group: int) -> None:
+    """Segments with many users of different number, one after another, beside private tails; pages of whole tiles."""
+    device = torch.device("cuda")
+    lengths = [0, 1, 127, 128, 129, 5000]
+    lens = [[n, m] for n, m in zip(lengths, lengths[3:] + lengths[:3], strict=True)]
+    lens += [[1 + 5 * b, 200 - b] for b in range(90)]
+    case = make_case(lens, head_dim=head_dim, page_size=128, dtype=dtype, device=device)
+    rows = [[b % 4, 4 + b % 2, 6 + b] if b % 9 else [6 + b] for b in range(90)]
+    segments = segments_table(rows, device)
+    _assert_close(case, segments, *_run(case, segments, 2 * group))
 
 
 def test_no_sequences(device: torch.device) -> None:

@@ -20,6 +20,8 @@ from compactor_vllm.attention.decode_plan_kernel import (
     ITEM_LEN,
     ITEM_PAIR,
     ITEM_ROWS,
+    MERGE_COUNT,
+    PAIR_DONE,
 )
 
 # What hidden logits become: finite, so that differences of hidden ones are no NaN.
@@ -36,6 +38,7 @@ def attend_kernel(
     plan_ptr,
     partial_ptr,
     lse_ptr,
+    out_ptr,
     scale_log2e,
     k_stride,
     v_stride,
@@ -57,20 +60,28 @@ def attend_kernel(
     DEPENDENT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """One share of a layer's work: every (item, row tile) that cost units [first, last) touch; see decode_plan.py."""
+    """One share of a layer's work: every (item, row tile) that cost units [first, last) touch; see decode_plan.py.
+
+    Partial results go to the workspace. Where every sequence has one segment to itself (ALONE), nothing is left to
+    merge: an item that one program works on goes straight to `out_ptr`, and whoever finishes the last piece of another
+    one merges it.
+    """
     GROUP: tl.constexpr = HEADS // KV_HEADS
     USERS: tl.constexpr = BLOCK_M // GROUP
+    ALONE: tl.constexpr = SEGMENTS == 1 and not SHARED
     if DEPENDENT:
         gdc_wait()
         gdc_launch_dependents()
     program = tl.program_id(0)
     num_entries = num_seqs * SEGMENTS
     num_x = num_entries * KV_HEADS
+    if ALONE:
+        _clear_empty(plan_ptr + HEADER + MERGE_COUNT * num_x, out_ptr, num_x, GROUP, D, BLOCK_D)
     header_ptr = plan_ptr + (HEADER_BIG if BIG else 0)
     num_items = tl.load(header_ptr)
     share = tl.load(header_ptr + 1)
     total = tl.load(header_ptr + 2)
-    first_row = tl.load(header_ptr + 3) + program * BLOCK_M
+    first_row = tl.load(header_ptr + 3)
     position = program * share
     last = tl.minimum(position + share, total)
     if position >= last:
@@ -103,12 +114,21 @@ def attend_kernel(
         else:
             user_entry = tl.zeros_like(row) + entry
         q_row = (user_entry % num_seqs) * HEADS + (pair % KV_HEADS) * GROUP + row % GROUP
-        out_row = (first_row + rows + row_tile * USERS * GROUP + row).to(tl.int64)
+        out_row = (first_row + program * BLOCK_M + rows + row_tile * USERS * GROUP + row).to(tl.int64)
+        complete = (first_unit == 0) & (last_unit == units)
         _attend_piece(
-            q_ptr, k_ptr, v_ptr, table_ptr + begin, partial_ptr, lse_ptr, q_row, out_row, live,
+            q_ptr, k_ptr, v_ptr, table_ptr + begin, partial_ptr, lse_ptr, out_ptr, q_row, out_row, live, complete,
             first_unit * UNIT, tl.minimum(last_unit * UNIT, length), scale_log2e, k_stride, v_stride,
-            PAGE, D, BLOCK_M, BLOCK_N, BLOCK_D, UNIT, PAGE_BY_ROW, UPCAST,
+            PAGE, D, BLOCK_M, BLOCK_N, BLOCK_D, UNIT, PAGE_BY_ROW, ALONE, UPCAST,
         )  # fmt: skip
+        if ALONE:  # noqa: SIM102 - decided when the kernel is compiled
+            if (first_unit < last_unit) & (not complete):
+                first_piece = first_row + zero // share * BLOCK_M + rows
+                pieces = (zero + units - 1) // share - zero // share + 1
+                _merge_if_last(
+                    plan_ptr + HEADER + PAIR_DONE * num_x + pair, pieces, partial_ptr, lse_ptr, out_ptr,
+                    first_piece, entry * HEADS + (pair % KV_HEADS) * GROUP, GROUP, D, BLOCK_M, BLOCK_D,
+                )  # fmt: skip
         position = zero + units
         if not SHARED or position >= cost + tl.cdiv(users, USERS) * (units + OVERHEAD):
             item += 1
@@ -145,12 +165,14 @@ def _load_item(plan_ptr, item, num_items, num_x, BIG: tl.constexpr):
 
 @triton.jit
 def _attend_piece(
-    q_ptr, k_ptr, v_ptr, table_ptr, partial_ptr, lse_ptr, q_row, out_row, live,
+    q_ptr, k_ptr, v_ptr, table_ptr, partial_ptr, lse_ptr, out_ptr, q_row, out_row, live, complete,
     first_token, last_token, scale_log2e, k_stride, v_stride,
     PAGE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    UNIT: tl.constexpr, PAGE_BY_ROW: tl.constexpr, UPCAST: tl.constexpr,
+    UNIT: tl.constexpr, PAGE_BY_ROW: tl.constexpr, ALONE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Rows `q_row` against tokens [first_token, last_token) of one head: writes the partial result to `out_row`.
+
+    If it is ALONE and the result `complete`, it goes to row `q_row` of the output instead.
 
     Where a unit is whole tiles, so are pieces, but for an item's last tile: only that one needs a mask.
     """
@@ -180,8 +202,68 @@ def _attend_piece(
     if BLOCK_M == 16:
         total = tl.sum(total, axis=1)
     total = tl.where(live, total, 1.0)
-    tl.store(partial_ptr + out_row[:, None] * D + d[None, :], acc / total[:, None], mask=live_d)
-    tl.store(lse_ptr + out_row, peak * scale_log2e + tl.log2(total), mask=live)
+    result = acc / total[:, None]
+    if ALONE and complete:
+        at = q_row[:, None] * D + d[None, :]
+        tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), mask=live_d)
+    else:
+        tl.store(partial_ptr + out_row[:, None] * D + d[None, :], result, mask=live_d)
+        tl.store(lse_ptr + out_row, peak * scale_log2e + tl.log2(total), mask=live)
+
+
+@triton.jit
+def _clear_empty(counts_ptr, out_ptr, num_x, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Zeros for the pairs of this program, every so many, that hold no token."""
+    BLOCK_G: tl.constexpr = triton.next_power_of_2(GROUP)
+    step = tl.num_programs(0)
+    for start in range(tl.program_id(0), num_x, 16 * step):
+        pair = start + tl.arange(0, 16) * step
+        empty = tl.load(counts_ptr + pair, mask=pair < num_x, other=1) == 0
+        if tl.max(empty.to(tl.int32), axis=0) > 0:
+            head, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
+            at = (pair * GROUP)[:, None, None] + head[None, :, None]
+            mask = empty[:, None, None] & (head < GROUP)[None, :, None] & (d < D)[None, None, :]
+            zeros = tl.zeros([16, BLOCK_G, BLOCK_D], out_ptr.dtype.element_ty)
+            tl.store(out_ptr + at.to(tl.int64) * D + d[None, None, :], zeros, mask=mask)
+
+
+@triton.jit
+def _merge_if_last(
+    done_ptr, pieces, partial_ptr, lse_ptr, out_ptr, first_piece, out_row,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Counts a piece as written; if it is the last, weighs all of them, in their order, and writes the result."""
+    BLOCK_G: tl.constexpr = triton.next_power_of_2(GROUP)
+    BLOCK_P: tl.constexpr = max(1, 4096 // (BLOCK_G * BLOCK_D))
+    tl.debug_barrier()  # what all threads wrote comes before the count
+    if tl.atomic_add(done_ptr, 1, sem="acq_rel") == pieces - 1:
+        head, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
+        acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+        total = tl.zeros([BLOCK_G], tl.float32)
+        peak = tl.full([BLOCK_G], float("-inf"), tl.float32)
+        for start in range(0, pieces, BLOCK_P):
+            piece = start + tl.arange(0, BLOCK_P)
+            row = (first_piece + piece * BLOCK_M)[:, None].to(tl.int64) + head[None, :]
+            live = (piece < pieces)[:, None] & (head < GROUP)[None, :]
+            lse = tl.load(lse_ptr + row, mask=live, other=float("-inf"), cache_modifier=".cg")
+            part = tl.load(
+                partial_ptr + row[:, :, None] * D + d[None, None, :],
+                mask=live[:, :, None] & (d < D)[None, None, :],
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            new_peak = tl.maximum(peak, tl.max(lse, axis=0))
+            base = tl.where(head < GROUP, new_peak, 0.0)  # rows beyond the group have no partials
+            weight = tl.exp2(lse - base[None, :])
+            decay = tl.exp2(peak - base)
+            total = total * decay + tl.sum(weight, axis=0)
+            acc = acc * decay[:, None] + tl.sum(weight[:, :, None] * part, axis=0)
+            peak = new_peak
+        result = acc / tl.where(head < GROUP, total, 1.0)[:, None]
+        at = (out_row + head)[:, None].to(tl.int64) * D + d[None, :]
+        mask = (head < GROUP)[:, None] & (d < D)[None, :]
+        tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(done_ptr, 0)  # for whoever uses the plan again
 
 
 @triton.jit

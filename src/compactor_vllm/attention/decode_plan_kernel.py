@@ -4,10 +4,10 @@ A layer's plan is int32: HEADER_WORDS, then PLAN_FIELDS arrays of X words, X = G
 which stands for `segments_BG[b, g]`) and a KV head, x = entry * K + head.
 
 Header: items, share, total cost, first workspace row of the small kernel; from HEADER_BIG the same of the big one.
-By pair x: where its first partial lies (MERGE_ROW) and how many there are (MERGE_COUNT, negative where the big kernel
-writes them); scratch of this kernel (PAIR_*). By item: position on the cost axis, length, first page table entry,
-its pair, its first row. Items of the small kernel fill these arrays from the front, those of the big kernel from the
-back.
+By pair x: where its first partial lies (MERGE_ROW), how many there are (MERGE_COUNT, negative where the big kernel
+writes them) and how many have been written (PAIR_DONE); scratch of this kernel (PAIR_*). By item: position on the cost
+axis, length, first page table entry, its pair, its first row. Items of the small kernel fill these arrays from the
+front, those of the big kernel from the back.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 HEADER_WORDS = 16
-PLAN_FIELDS = 10
+PLAN_FIELDS = 11
 ENTRY_FIELDS = 5
 
 HEADER = tl.constexpr(HEADER_WORDS)
@@ -26,6 +26,7 @@ MERGE_ROW, MERGE_COUNT = tl.constexpr(0), tl.constexpr(1)
 PAIR_COST, PAIR_ROWS, PAIR_LEN = tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
 ITEM_COST, ITEM_LEN, ITEM_BEGIN = tl.constexpr(5), tl.constexpr(6), tl.constexpr(7)
 ITEM_PAIR, ITEM_ROWS = tl.constexpr(8), tl.constexpr(9)
+PAIR_DONE = tl.constexpr(10)
 FIELDS = tl.constexpr(PLAN_FIELDS)
 # Rows of the table of entries: rank among the entries of the same segment, how many these are, the first of them, and
 # the place in the list (the last row) of all entries ordered by segment, then entry.
@@ -154,6 +155,7 @@ def plan_kernel(
             count = tl.where(big, -big_count, count)
         tl.store(_field(plan_ptr, MERGE_ROW, num_x) + x, row_first, mask=live)
         tl.store(_field(plan_ptr, MERGE_COUNT, num_x) + x, tl.where(live, count, 0), mask=x < used_x)
+        tl.store(_field(plan_ptr, PAIR_DONE, num_x) + x, tl.zeros([CHUNK], tl.int32), mask=x < used_x)
     for start in range(used_x, num_x, CHUNK):
         x = start + tl.arange(0, CHUNK)
         tl.store(_field(plan_ptr, MERGE_COUNT, num_x) + x, tl.zeros([CHUNK], tl.int32), mask=x < num_x)

@@ -1,4 +1,4 @@
-"""Compiles the Hopper prefill kernel without a GPU and reads facts from its machine code.
+"""Compiles the Hopper kernels without a GPU and reads facts from their machine code.
 
 `python -m compactor_vllm.attention.hopper_compile` prints a line of JSON per configuration.
 """
@@ -18,12 +18,14 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from compactor_vllm.attention.hopper_shared_kernel import CONSTANTS, shared_kernel
 from compactor_vllm.attention.hopper_varlen_kernel import HopperConfig, prefill_kernel
 
-__all__ = ["KernelFacts", "compile_prefill", "kernel_facts"]
+__all__ = ["KernelFacts", "compile_prefill", "compile_shared", "kernel_facts"]
 
 _POINTERS = {"lse": "*fp32", **dict.fromkeys(("items", "counter"), "*i32")}
 _TABLES = ("segments", "seg_lens", "head_begin", "head_order", "page_table")
+_CASES = ("128:bf16", "64:bf16", "128:fp16:lse", "128:bf16:prefix:lse", "128:bf16:shared", "64:bf16:shared")
 _SCALARS = {"num_items": "i32", "scale": "fp32"}
 
 
@@ -61,12 +63,24 @@ def compile_prefill(
     signature |= {"out": f"*{dtype}", **_POINTERS, **dict.fromkeys(_TABLES, "*i32"), **_SCALARS}
     signature |= dict.fromkeys(("num_heads", "kv_heads", "num_segments", "page_rows"), "i32")
     constants = {"D": head_dim, "HAS_PREFIX": has_prefix, "HAS_LSE": has_lse, **config.constants(has_prefix)}
-    signature |= dict.fromkeys(constants, "constexpr")
-    signature = {name: signature[name] for name in prefill_kernel.arg_names}
+    return _compile(prefill_kernel, signature, constants, ("out", "lse", "items", "counter", *_TABLES))
+
+
+def compile_shared(head_dim: int, dtype: str, *, group: int = 4) -> Any:
+    """The kernel for shared segments compiled for sm_90, for 8 KV heads of `group` query heads. Needs no GPU."""
+    pages = _descriptor(dtype, 128, head_dim)
+    signature = {"k_desc": pages, "v_desc": pages, "q_ptr": f"*{dtype}", "partial": "*fp32", "lse": "*fp32"}
+    signature |= {"scale": "fp32", **dict.fromkeys(("page_table", "entries", "plan"), "*i32")}
+    signature |= dict.fromkeys(("num_seqs", "num_entries", "page_rows"), "i32")
+    constants = {"HEADS": 8 * group, "KV_HEADS": 8, "D": head_dim, "OVERHEAD": 1, **CONSTANTS}
+    return _compile(shared_kernel, signature, constants, ("q_ptr", "partial", "lse", "page_table", "entries", "plan"))
+
+
+def _compile(kernel: Any, signature: dict[str, str], constants: dict[str, Any], aligned: tuple[str, ...]) -> Any:
+    signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     place = {name: (i,) for i, name in enumerate(signature)}
-    aligned = ("out", "lse", "items", "counter", *_TABLES)
     source = GluonASTSource(
-        prefill_kernel,
+        kernel,
         signature,
         {place[name]: value for name, value in constants.items()},
         {place[name]: [["tt.divisibility", 16]] for name in aligned},
@@ -138,10 +152,13 @@ def _exps_under_product(lines: list[str]) -> tuple[int, ...]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("cases", nargs="*", default=["128:bf16", "64:bf16", "128:fp16:lse", "128:bf16:prefix:lse"])
+    parser.add_argument("cases", nargs="*", default=_CASES)
     for case in parser.parse_args().cases:
         head_dim, dtype, *flags = case.split(":")
-        kernel = compile_prefill(int(head_dim), dtype, has_prefix="prefix" in flags, has_lse="lse" in flags)
+        if "shared" in flags:
+            kernel = compile_shared(int(head_dim), dtype)
+        else:
+            kernel = compile_prefill(int(head_dim), dtype, has_prefix="prefix" in flags, has_lse="lse" in flags)
         print(json.dumps({"case": case, "triton": triton.__version__, **asdict(kernel_facts(kernel))}), flush=True)
 
 

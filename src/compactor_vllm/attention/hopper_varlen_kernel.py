@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -37,6 +36,12 @@ from compactor_vllm.attention.hopper_head_order import order_heads
 from compactor_vllm.attention.hopper_producer import producer
 from compactor_vllm.attention.hopper_ring import FIELDS, KEYS, MAX_SEGMENTS, ROWS
 from compactor_vllm.attention.hopper_schedule import work_items
+from compactor_vllm.attention.hopper_support import (
+    page_descriptors,
+    tile_layout,
+    unsupported_pages,
+    unsupported_tensors,
+)
 from compactor_vllm.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -145,36 +150,16 @@ class PrefillPlan:
     head_dim: int
 
 
-TESTED_TRITON = ("3.6", "3.7")
-
-
 def unsupported(
     device: torch.device, dtype: torch.dtype, head_dim: int, prefix: RaggedPrefix | None = None
 ) -> str | None:
     """Why this kernel cannot serve such tensors, or None if it can."""
-    if not triton.__version__.startswith(TESTED_TRITON):
-        return f"triton {triton.__version__} is not one of those it was compiled with ({', '.join(TESTED_TRITON)})"
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
-        return "it needs a Hopper GPU (compute capability 9.0)"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"{dtype} is neither bfloat16 nor float16"
-    if head_dim not in (64, 128):
-        return f"head dimension {head_dim} is neither 64 nor 128"
-    return None if prefix is None else _unsupported_prefix(prefix, head_dim)
-
-
-def _unsupported_prefix(prefix: RaggedPrefix, head_dim: int) -> str | None:
-    cache = prefix.cache
-    if cache.page_size != 128:
-        return f"pages of {cache.page_size} tokens are not tiles of 128 tokens"
-    if prefix.segments_BG.shape[1] > 8:
-        return f"{prefix.segments_BG.shape[1]} segments of a sequence are more than 8"
-    strides = {pages.stride() for pages in (cache.k_pages_PRD, cache.v_pages_PRD)}
-    if len(strides) > 1 or any(s[0] % head_dim or s[1:] != (head_dim, 1) for s in strides):
-        return f"pages with strides {sorted(strides)} are not whole rows of {head_dim}"
-    if cache.k_pages_PRD.shape[0] * cache.k_pages_PRD.stride(0) // head_dim >= 2**31:
-        return "the pool has more than 2^31 rows"
-    return None
+    reason = unsupported_tensors(device, dtype, head_dim)
+    if reason is None and prefix is not None:
+        if prefix.segments_BG.shape[1] > 8:
+            return f"{prefix.segments_BG.shape[1]} segments of a sequence are more than 8"
+        return unsupported_pages(prefix.cache)
+    return reason
 
 
 def plan_prefill(
@@ -270,12 +255,11 @@ def prefill_attention_hopper(
     items = plan.items_N6
     if len(items) == 0:
         return out
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     q_desc, k_desc, v_desc = (
-        TensorDescriptor.from_tensor(x.flatten(1), [rows, D], layout)
+        TensorDescriptor.from_tensor(x.flatten(1), [rows, D], tile_layout())
         for x, rows in ((q_THD, 64), (k_TKD, 128), (v_TKD, 128))
     )
-    page_descs, tables, numbers = _prefix_arguments(prefix, D, layout) or ((k_desc, v_desc), (items,) * 5, (0, 0))
+    page_descs, tables, numbers = _prefix_arguments(prefix) or ((k_desc, v_desc), (items,) * 5, (0, 0))
     multiprocessors = torch.cuda.get_device_properties(q_THD.device).multi_processor_count
     prefill_kernel[(min(len(items), multiprocessors),)](
         *(q_desc, k_desc, v_desc, *page_descs, out, items if lse is None else lse, items, plan.counter),
@@ -324,19 +308,12 @@ def _check_tensor(name: str, x: Tensor, shape: tuple[int, ...], like: Tensor) ->
         raise InvalidInputError(f"{name} must be contiguous and begin at a multiple of 16 bytes")
 
 
-def _prefix_arguments(prefix: RaggedPrefix | None, D: int, layout: gl.NVMMASharedLayout) -> tuple | None:
-    """Descriptors of the pool as a matrix of rows of D elements, where page p begins at row p * (page stride / D);
-    its tables; its numbers."""
+def _prefix_arguments(prefix: RaggedPrefix | None) -> tuple | None:
+    """Descriptors of the pages, the prefix's tables, and its numbers."""
     if prefix is None:
         return None
-    cache = prefix.cache
-    page_rows = cache.k_pages_PRD.stride(0) // D
-    rows = (cache.k_pages_PRD.shape[0] - 1) * page_rows + cache.page_size
-    descs = tuple(
-        TensorDescriptor.from_tensor(pages.as_strided((rows, D), (D, 1)), [128, D], layout)
-        for pages in (cache.k_pages_PRD, cache.v_pages_PRD)
-    )
-    segments_BG = prefix.segments_BG.contiguous()
+    cache, segments_BG = prefix.cache, prefix.segments_BG.contiguous()
+    descs, page_rows = page_descriptors(cache)
     head_order = order_heads(segments_BG, cache.seg_lens_SK)
     tables = (segments_BG, cache.seg_lens_SK, cache.head_begin_SK, head_order, cache.page_table)
     return descs, tables, (segments_BG.shape[1], page_rows)

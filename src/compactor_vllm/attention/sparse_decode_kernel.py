@@ -2,10 +2,11 @@
 
 Shape suffixes: B sequences, H query heads, K KV heads, D head dimension, G segment columns, S segment slots.
 
-A step is three launches a layer, none of which depends on a length: persistent programs attend to their shares of the
+A step is a few launches a layer, none of which depends on a length: persistent programs attend to their shares of the
 layer's KV tokens (`attend_kernel`; a second launch with larger tiles takes the segments that many sequences share),
-and `_merge_kernel` weighs the partial results by their log-sum-exp. What each program does comes from a plan
-(decode_plan.py) that is computed on the device, for all layers of a step at once where the caller likes.
+and `_merge_kernel` weighs the partial results by their log-sum-exp. Where every sequence has one segment to itself, the
+first launch does all. What each program does comes from a plan (decode_plan.py) that is computed on the device, for all
+layers of a step at once where the caller likes.
 """
 
 from __future__ import annotations
@@ -83,10 +84,11 @@ def decode_attention(
         )
         layer = 0
     words = plan.words_LW[layer]
-    _attend(q_BHD, cache, scale, plan, words, big=False)
+    _attend(out, q_BHD, cache, scale, plan, words, big=False)
     if plan.has_big:
-        _attend(q_BHD, cache, scale, plan, words, big=True)
-    _merge(out, plan, words)
+        _attend_big(out, q_BHD, cache, scale, plan, words)
+    if plan.shared or plan.num_segments > 1:
+        _merge(out, plan, words)
     return out
 
 
@@ -127,7 +129,9 @@ def _check(
     return out
 
 
-def _attend(q_BHD: Tensor, cache: LayerCache, scale: float, plan: DecodePlan, words: Tensor, big: bool) -> None:
+def _attend(
+    out: Tensor, q_BHD: Tensor, cache: LayerCache, scale: float, plan: DecodePlan, words: Tensor, big: bool
+) -> None:
     tiles = plan.config.big if big else plan.config.small
     constants = _attend_constants(
         tiles, plan.num_heads, plan.num_kv_heads, plan.num_segments, plan.head_dim, cache.page_size
@@ -141,6 +145,7 @@ def _attend(q_BHD: Tensor, cache: LayerCache, scale: float, plan: DecodePlan, wo
         words,
         plan.partial_WD,
         plan.partial_lse,
+        out,
         scale * math.log2(math.e),
         cache.k_pages_PRD.stride(0),
         cache.v_pages_PRD.stride(0),
@@ -155,6 +160,17 @@ def _attend(q_BHD: Tensor, cache: LayerCache, scale: float, plan: DecodePlan, wo
         num_stages=tiles.num_stages,
         **({"launch_pdl": True} if plan.config.dependent_launch else {}),
     )
+
+
+def _attend_big(out: Tensor, q_BHD: Tensor, cache: LayerCache, scale: float, plan: DecodePlan, words: Tensor) -> None:
+    """The big half, by Hopper's kernel where that applies."""
+    if q_BHD.is_cuda and torch.cuda.get_device_capability(q_BHD.device) == (9, 0):
+        from compactor_vllm.attention import hopper_shared_kernel as hopper
+
+        if hopper.applies(q_BHD, cache, plan):
+            hopper.attend_shared(q_BHD, cache, scale, plan, words)
+            return
+    _attend(out, q_BHD, cache, scale, plan, words, big=True)
 
 
 def _merge(out: Tensor, plan: DecodePlan, words: Tensor) -> None:
@@ -241,26 +257,22 @@ def aot_signatures(
     shapes = [("bf16", 64), ("bf16", 80), ("bf16", 96), ("bf16", 128), ("bf16", 256), ("fp16", 128), ("fp32", 128)]
     for dtype, head_dim in shapes:
         config = default_decode_config(capability, _AOT_TYPES[dtype], head_dim)
-        for big in (False, True):
-            tiles = config.big if big else config.small
-            label = f"decode attend {'shared' if big else 'private'} {dtype} D{head_dim}"
+        for users, tiles, segments in (
+            ("alone", config.small, 1),
+            ("few users", config.small, 8),
+            ("many users", config.big, 8),
+        ):
             for page_size in (128, 16) if head_dim == 128 and dtype == "bf16" else (128,):
                 attend_constants = {
-                    **_attend_constants(tiles, 32, 8, 8, head_dim, page_size),
-                    "BIG": big,
-                    "SHARED": big,
+                    **_attend_constants(tiles, 32, 8, segments, head_dim, page_size),
+                    "BIG": tiles is config.big,
+                    "SHARED": segments > 1,
                     "DEPENDENT": config.dependent_launch,
                     "UPCAST": False,
                 }
-                floats = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{dtype}")
-                yield _aot(
-                    attend_kernel,
-                    attend_constants,
-                    floats,
-                    tiles.num_warps,
-                    tiles.num_stages,
-                    f"{label} page {page_size}",
-                )
+                floats = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}")
+                label = f"decode attend {users} {dtype} D{head_dim} page {page_size}"
+                yield _aot(attend_kernel, attend_constants, floats, tiles.num_warps, tiles.num_stages, label)
         for heads in (1, 4):
             merge_constants = {
                 **_merge_constants(config, 32, 8, 8, head_dim, heads),

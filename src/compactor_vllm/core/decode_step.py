@@ -74,7 +74,7 @@ class DecodeStep:
         self._host = [torch.zeros(self._inputs.shape, dtype=torch.int32, pin_memory=on_gpu) for _ in range(2)]
         self._copied = [torch.cuda.Event() for _ in range(2)] if on_gpu else []
         self.drawn_B = torch.zeros(max_rows, dtype=torch.int64, device=self.device)
-        shape = (spec.num_layers, max_rows, spec.num_heads, spec.head_dim)
+        shape = (spec.num_layers, max_rows, model.num_heads, spec.head_dim)
         self.queries_LBHD = torch.zeros(shape, dtype=cache.dtype, device=self.device)
         self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, DecodeOutput]] = {}
         self._pool: Any = None
@@ -87,20 +87,20 @@ class DecodeStep:
         """Launches a step; see `ModelRunner.decode`."""
         rows = len(requests)
         size = next((bucket for bucket in self.buckets if bucket >= rows), None)
-        shared = _shares_segments(requests)
+        several = any(len(request.segments) > 1 for request in requests)
         self._write_inputs(requests, sources, size or rows)
         if size is None:
-            return self._launch(rows, shared)
-        if (size, shared) not in self._graphs:
-            self._capture(size, shared)
-        graph, output = self._graphs[size, shared]
+            return self._launch(rows, several)
+        if (size, several) not in self._graphs:
+            self._capture(size, several)
+        graph, output = self._graphs[size, several]
         graph.replay()
         return DecodeOutput(logits_BV=output.logits_BV[:rows], greedy_2B=output.greedy_2B[:, :rows])
 
-    def launch_idle(self, rows: int, shared: bool = False) -> Tensor:
+    def launch_idle(self, rows: int, several: bool = False) -> Tensor:
         """A step of rows without sequences, which changes nothing; its logits."""
         self._inputs[:, _TOKEN], self._inputs[:, _POSITION], self._inputs[:, _SLOT:] = 0, 0, -1
-        return self._launch(rows, shared).logits_BV
+        return self._launch(rows, several).logits_BV
 
     def _write_inputs(self, requests: list[Request], sources: list[int], rows: int) -> None:
         self._host.reverse()
@@ -121,20 +121,21 @@ class DecodeStep:
         if self._copied:
             self._copied[0].record()
 
-    def _launch(self, rows: int, shared: bool) -> DecodeOutput:
+    def _launch(self, rows: int, several: bool) -> DecodeOutput:
         """All launches of a step of `rows` rows.
 
         Args:
-            shared: whether sequences may share segments.
+            several: whether sequences may have more than one segment; the only one is a sequence's own.
         """
         model, attention, inputs = self.model, self.kernels.attention, self._inputs[:rows]
         ops = self.kernels.pointwise
+        model.group.broadcast_(self.drawn_B)
         source_B = inputs[:, _SOURCE].long()
         ids_B = torch.where(source_B >= 0, self.drawn_B[source_B.clamp(min=0)], inputs[:, _TOKEN].long())
         positions_B, slots_B = inputs[:, _POSITION].long(), inputs[:, _SLOT].contiguous()
-        segments_BG = inputs[:, _FIELDS:].contiguous()
+        segments_BG = inputs[:, _FIELDS : _FIELDS + (MAX_SEGMENTS if several else 1)].contiguous()
         angles = model.rotary.angles(positions_B, positions_B + 1)
-        options = self._plan(segments_BG, shared)
+        options = self._plan(segments_BG, several)
         x_BE = model.embed(ids_B)
         for info, layer in zip(self.layer_infos, self.layers, strict=True):
             cache, q_BHD = self.cache.layer(info.index), self.queries_LBHD[info.index, :rows]
@@ -158,7 +159,7 @@ class DecodeStep:
         self.drawn_B[:rows] = ids_B
         return DecodeOutput(logits_BV=logits_BV, greedy_2B=torch.stack([ids_B, (~best_B.isfinite()).long()]))
 
-    def _plan(self, segments_BG: Tensor, shared: bool) -> dict:
+    def _plan(self, segments_BG: Tensor, several: bool) -> dict:
         """Arguments of decode attention that hold its plan for all layers."""
         plan = self.kernels.attention.plan_decode
         if plan is None:
@@ -173,7 +174,7 @@ class DecodeStep:
                 head_dim=info.head_dim,
                 dtype=self.cache.dtype,
                 extra=1,
-                max_sharing=None if shared else 1,
+                max_sharing=None if several else 1,
             )
         }
 
@@ -185,21 +186,21 @@ class DecodeStep:
         return self.device.type == "cuda" and self.kernels.attention.plan_decode is not None and not waits
 
     def capture_all(self, show_progress: bool) -> None:
-        """Captures the steps of every bucket without shared segments (those with are captured when first needed)."""
+        """Captures the steps of every bucket for one segment a sequence (those for more when they are first needed)."""
         self.buckets = graph_buckets(self.max_rows)
         before = torch.cuda.memory_reserved(self.device)
         for size in track(self.buckets[::-1], "capturing CUDA graphs", show_progress):
             self._capture(size, False)
         self.graph_bytes = torch.cuda.memory_reserved(self.device) - before
 
-    def _capture(self, rows: int, shared: bool) -> None:
+    def _capture(self, rows: int, several: bool) -> None:
         kept, drawn = self._inputs.clone(), self.drawn_B.clone()
-        self.launch_idle(rows, shared)  # compiles and loads what the capture must not
+        self.launch_idle(rows, several)  # compiles and loads what the capture must not
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            output = self._launch(rows, shared)
+            output = self._launch(rows, several)
         self._pool = graph.pool()
-        self._graphs[rows, shared] = (graph, output)
+        self._graphs[rows, several] = (graph, output)
         self._inputs.copy_(kept)
         self.drawn_B.copy_(drawn)
 
@@ -208,9 +209,3 @@ def graph_buckets(max_rows: int) -> list[int]:
     """Numbers of rows that graphs are captured for, ascending: few waste more than an eighth of a step's rows."""
     sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, max_rows + 32, 32)]
     return [size for size in sizes if size < max_rows] + [max_rows]
-
-
-def _shares_segments(requests: list[Request]) -> bool:
-    """Whether a segment is used by several of the requests."""
-    sealed = [segment for request in requests for segment in (*request.context, *request.shared)]
-    return len({id(segment) for segment in sealed}) < len(sealed)
