@@ -14,6 +14,7 @@ import pytest
 from compactor_vllm import LLM, LLMConfig, SamplingParams, Sequence, SequenceCompressionParams
 from compactor_vllm.cli.main import main
 from compactor_vllm.cli.many_values import repeated
+from compactor_vllm.compression.calibration import load_calibrations, mean_nll, predicted_quality, probe_window
 from compactor_vllm.errors import CompactorError, InvalidInputError
 from compactor_vllm.evaluation.label_free import compare, continuation_sample, divergence
 from compactor_vllm.evaluation.run_config import MethodChoice, RunConfig
@@ -412,3 +413,35 @@ def test_wrong_options_are_said_in_one_line(tiny_checkpoint: Path, tmp_path: Pat
         code, _, errors = call(capsys, *arguments)
         assert code == 2 and message in " ".join(errors.split()), errors
     assert not (tmp_path / "run").exists()
+
+
+def test_a_calibration_is_fitted_and_used(tiny_checkpoint: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COMPACTOR_CACHE", str(tmp_path / "cache"))
+    arguments = ["--model", tiny_checkpoint, "--device", "cpu", "--task", "fwe", "niah_single_1", "--length", 1100]
+    arguments += ["--samples", 2, "--ratio", 0.2, 0.7, "--method", "knorm", "keydiff", "--out", tmp_path / "run"]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        main(["calibrate", *map(str, arguments)])
+    assert not exit_.value.code
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in printed] == ["knorm", "keydiff"] and "from 8 triples" in printed[0]
+    run = RunDirectory.load(tmp_path / "run")
+    calibrations = load_calibrations(run.config["environment"]["fingerprint"])
+    assert set(calibrations) == {"knorm", "keydiff"}
+    known = {r["context_nll"] for r in run.records.values()}
+    assert len(known) == 4 and min(known) == calibrations["knorm"].lowest > 0
+    with LLM(LLMConfig(model=str(tiny_checkpoint), device="cpu", show_progress_bar=False)) as llm:
+        params = SequenceCompressionParams(compression_ratio="auto", compression_method="knorm")
+        sequence = llm.generate(list(range(200)), SamplingParams(max_new_tokens=1), None, params, return_sequences=True)
+    b = calibrations["knorm"].steepness(sequence_nll(run, sequence))
+    assert sequence.predicted_quality == pytest.approx(predicted_quality(sequence.chosen_ratio, b), abs=0.05)
+
+
+def sequence_nll(run: RunDirectory, sequence: Any) -> float:
+    """NLL(context) of the one sequence, by a run of its window."""
+    begin, end = probe_window(len(sequence.prompt_token_ids))
+    window = sequence.prompt_token_ids[begin:end]
+    with LLM(LLMConfig(model=run.config["model"], device="cpu", show_progress_bar=False)) as llm:
+        sampling = SamplingParams(max_new_tokens=1, prompt_logprobs=0)
+        entries = llm.generate(window, sampling, return_sequences=True).prompt_logprobs
+    return mean_nll([entry[token] for token, entry in zip(window[1:], entries[1:], strict=True)])

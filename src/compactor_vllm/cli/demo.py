@@ -52,7 +52,7 @@ def ask(llm: LLM, sample: NiahSample, compression: runtime.Compression) -> Row:
     sampling = SamplingParams(temperature=0, max_new_tokens=MAX_NEW_TOKENS)
     answer = runtime.answer(llm, prompt.token_ids, sampling, compression.up_to(prompt.context_end))
     return Row(
-        ratio=compression.sequence.compression_ratio,
+        ratio=float(compression.sequence.compression_ratio),
         correct=all(expected in answer.text for expected in sample.answers),
         answer=answer,
     )

@@ -89,9 +89,10 @@ def run_suite(
     out: Path,
     *,
     batch_size: int,
-    shard: Shard,
-    apart: bool,
-    deadline: float | None,
+    shard: Shard | None = None,
+    apart: bool = False,
+    deadline: float | None = None,
+    context_nll: bool = False,
 ) -> bool:
     """Measures what `out` does not have yet; returns whether this share of it is complete.
 
@@ -99,6 +100,7 @@ def run_suite(
         draft: the run's configuration without what only the samples and the engine tell.
         apart: a call for each method and retention.
         deadline: of `time.monotonic`; nothing begins that would end later.
+        context_nll: label-free measures also look at the context itself.
     """
     from compactor_vllm.evaluation.label_free import LabelFree
     from compactor_vllm.evaluation.run_directory import RunDirectory
@@ -116,22 +118,22 @@ def run_suite(
             lengths=sorted({source.length for source in sources}),
             samples=max(source.count for source in sources),
             substitutes=substitutes,
-            environment={"engine": llm.describe(), **versions()},
+            environment={"engine": llm.describe(), "fingerprint": llm.fingerprint, **versions()},
         )
-        file = "predictions.jsonl" if shard.count == 1 else f"predictions-{shard.index}-of-{shard.count}.jsonl"
-        directory = RunDirectory.create(out, run, file)
+        name = "" if shard is None else f"-{shard.index}-of-{shard.count}"
+        directory = RunDirectory.create(out, run, f"predictions{name}.jsonl")
         for task, text in substitutes.items():
             err().print(f"{task}: {text}", style="dim")
         return run_grid(
             sources,
             run.cells(choices),
-            LabelFree(llm, run) if run.suite == "label-free" else Answers(llm, run),
+            LabelFree(llm, run, context_nll=context_nll) if run.suite == "label-free" else Answers(llm, run),
             directory,
             batch_size=batch_size,
             shard=shard,
             apart=apart,
             time_limit=None if deadline is None else max(0.0, deadline - time.monotonic()),
-            show_progress=sys.stderr.isatty() and shard.count == 1,
+            show_progress=sys.stderr.isatty() and shard is None,
         )
 
 
@@ -232,7 +234,7 @@ def _suite_command(suite: str) -> Callable[..., None]:
         from compactor_vllm.evaluation.suites import SuiteOptions
 
         deadline = None if time_limit is None else time.monotonic() + time_limit
-        share = Shard() if shard is None else Shard.parse(shard)
+        share = None if shard is None else Shard.parse(shard)
         check_effects(suite, prebuilt=prebuilt, depths=depths, target=target, length=length)
         config = LLMConfig(
             model=model,

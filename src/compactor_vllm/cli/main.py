@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
-from compactor_vllm.cli import bench, chat, contexts, demo, env, evaluate, generate, models, serve
+from compactor_vllm.cli import bench, calibrate, chat, contexts, demo, env, evaluate, generate, models, serve
 from compactor_vllm.cli.console import fail
+from compactor_vllm.cli.many_values import ManyValues
 from compactor_vllm.errors import CompactorError
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app.command("compress", epilog=contexts.COMPRESS_EPILOG)(contexts.compress)
 app.command("ask", epilog=contexts.ASK_EPILOG)(contexts.ask)
 app.command("serve", epilog=serve.EPILOG, context_settings=serve.CONTEXT_SETTINGS)(serve.serve)
 app.add_typer(evaluate.app, name="eval")
+app.command("calibrate", cls=ManyValues, epilog=calibrate.EPILOG)(calibrate.calibrate)
 app.add_typer(bench.app, name="bench")
 app.command("models", epilog=models.EPILOG)(models.models)
 app.command("env")(env.env)
