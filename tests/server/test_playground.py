@@ -18,10 +18,9 @@ import numpy as np
 import pytest
 
 from compactor_vllm import LLM, BatchCompressionParams, SamplingParams, Sequence, SequenceCompressionParams
-from compactor_vllm.contexts.rows import rows_of
+from compactor_vllm.kv_cache.gather import gather_segment
 from compactor_vllm.server.keys import KeyRing
 from compactor_vllm.server.playground.kept import kept_map, kept_positions
-from compactor_vllm.server.playground.reading import Reading
 from tests.server.conftest import Live
 
 DOCUMENT = "The café by the river is green. Nothing of note was entered on this day. 🙂 " * 6
@@ -128,7 +127,7 @@ def test_an_answer_that_does_not_fit_leaves_the_other_one(serve: Callable[..., L
 @pytest.mark.parametrize("kind", ["layer", "head"])
 @pytest.mark.parametrize("tokens", [15, 16, 33, 200])
 def test_the_map_is_what_the_cache_holds(llm: LLM, tokens: int, kind: str) -> None:
-    """Against the rows that a saved context would have, read by other code."""
+    """Against the cache as other code reads it."""
     batch = BatchCompressionParams(compression_method="compactor", compression_type=kind)
     few = SequenceCompressionParams(compression_ratio=0.4, protected_first_tokens=2, protected_last_tokens=3)
     with (
@@ -139,10 +138,10 @@ def test_the_map_is_what_the_cache_holds(llm: LLM, tokens: int, kind: str) -> No
         expected = np.zeros((6, both.num_tokens), dtype=bool)
         cache = llm._engine.runner.cache
         for segment in both.segments:
-            data = llm._engine.manager.read_segment(segment)
-            for layer, rows in enumerate(rows_of(data, cache.layers, cache.page_size, cache.dtype)):
-                heads = np.repeat(np.arange(2), data.lens_LK[layer])
-                expected[2 * layer + heads, rows.positions_N.numpy()] = True
+            for layer in range(3):
+                held = gather_segment(cache.layer(layer), segment.slot, both.num_tokens)
+                for head, length in enumerate(held.lens_K.tolist()):
+                    expected[2 * layer + head, held.positions_KL[head, :length].numpy()] = True
         assert np.array_equal(found.kept_HT, expected) and expected.any() and not expected.all()
         assert found.heads_L == (2, 2, 2) and both.kept_tokens == -(-int(expected.sum()) // 6)
 
@@ -199,13 +198,13 @@ def test_a_document_that_nobody_waits_for_any_more_is_given_back(live: Live, wai
     document = Sequence(prompt_token_ids=list(range(200)) * 8, compression_params=params)
 
     async def begin_and_leave() -> None:
-        reading = Reading(live.engine, document, "")
-        await reading.begin()
-        while waits and not reading.done:
-            await asyncio.sleep(0.01)
-        await reading.aclose()
-        await reading.aclose()
-        await reading.begin()  # too late
+        reading = asyncio.ensure_future(live.engine.compress_sequence(document, ""))
+        await asyncio.wait([reading], timeout=None if waits else 0.02)
+        if waits:
+            await reading.result().aclose()
+        else:
+            reading.cancel()
+            await asyncio.wait([reading])
 
     asyncio.run(begin_and_leave())
     live.wait_until_idle()

@@ -56,6 +56,8 @@ def serve(
     max_prompt_tokens: own.MaxPromptTokens = None,
     max_output_tokens: own.MaxOutputTokens = None,
     max_new_tokens: own.DefaultNewTokens = 4096,
+    context_ttl: own.ContextTtl = 3600,
+    max_contexts: own.MaxContexts = 64,
     request_timeout: own.RequestTimeout = 600,
     body_timeout: own.BodyTimeout = 60,
     stall_timeout: own.StallTimeout = 300,
@@ -73,6 +75,7 @@ def serve(
     gpu_memory_utilization: own.GpuMemoryUtilization = 0.9,
     kv_cache_memory_bytes: own.KvCacheMemoryBytes = None,
     kvcache_page_size: own.PageSize = 128,
+    context_host_bytes: own.ContextHostBytes = None,
     attention_backend: own.Backend = "auto",
     enforce_eager: own.EnforceEager = False,
     chat_template: own.ChatTemplate = None,
@@ -108,7 +111,7 @@ def server_settings(given: Mapping[str, Any]) -> ServerSettings:
     from compactor_vllm.server.settings import Defaults, ServerSettings
 
     names = ("public_metrics", "root_path", "max_queue", "max_body_bytes", "max_prompt_tokens", "max_output_tokens")
-    seconds = ("request_timeout", "body_timeout", "stall_timeout", "drain_timeout")
+    others = ("request_timeout", "body_timeout", "stall_timeout", "drain_timeout", "context_ttl", "max_contexts")
     return ServerSettings(
         model_names=tuple(given["served_model_name"] or [default_name(given["model"])]),
         defaults=Defaults(
@@ -124,7 +127,7 @@ def server_settings(given: Mapping[str, Any]) -> ServerSettings:
         ),
         keys=KeyRing.load(given["api_key_file"], os.environ),
         cors_origins=tuple(given["cors_origin"] or ()),
-        **{name: given[name] for name in names + seconds},
+        **{name: given[name] for name in names + others},
     )
 
 
@@ -135,7 +138,13 @@ def engine_config(given: Mapping[str, Any]) -> LLMConfig:
         ConfigError: an option is out of range, or the template's file cannot be read.
     """
     names = ("model", "path", "revision", "device", "dtype", "tensor_parallel_size", "enforce_eager")
-    sizes = ("max_num_seqs", "gpu_memory_utilization", "kv_cache_memory_bytes", "kvcache_page_size")
+    sizes = (
+        "max_num_seqs",
+        "gpu_memory_utilization",
+        "kv_cache_memory_bytes",
+        "kvcache_page_size",
+        "context_host_bytes",
+    )
     template = given["chat_template"]
     return LLMConfig(
         max_model_len="auto" if given["max_model_len"] is None else given["max_model_len"],

@@ -120,6 +120,13 @@ DefaultNewTokens = Annotated[
         rich_help_panel=_LIMITS,
     ),
 ]
+ContextTtl = Annotated[
+    float,
+    typer.Option("--context-ttl", help="Seconds without use after which a context is closed.", rich_help_panel=_LIMITS),
+]
+MaxContexts = Annotated[
+    int, typer.Option("--max-contexts", min=0, help="Contexts that one client may hold.", rich_help_panel=_LIMITS)
+]
 RequestTimeout = Annotated[
     float,
     typer.Option("--request-timeout", help="Seconds that a request may take in all.", rich_help_panel=_LIMITS),
@@ -162,6 +169,15 @@ KvCacheMemoryBytes = Annotated[
         "--kv-cache-memory-bytes",
         min=1,
         help="Size of the page pool. [default: what is left on a GPU; a quarter of free memory on a CPU]",
+        rich_help_panel=_ENGINE,
+    ),
+]
+ContextHostBytes = Annotated[
+    int | None,
+    typer.Option(
+        "--context-host-bytes",
+        min=0,
+        help="Host memory for contexts that nobody uses at present. [default: by free memory]",
         rich_help_panel=_ENGINE,
     ),
 ]

@@ -4,117 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from compactor_vllm.compression.compression_params import BatchCompressionParams, SequenceCompressionParams
 from compactor_vllm.config import LLMConfig, SamplingParams
-from compactor_vllm.core.chat import Message, chat_prompt
+from compactor_vllm.core.async_answer import AsyncAnswer
+from compactor_vllm.core.async_context import AsyncContext
+from compactor_vllm.core.chat import Message
+from compactor_vllm.core.context_transfer import load_units
 from compactor_vllm.core.engine_thread import Channel, EngineStats, EngineThread, closed_error
-from compactor_vllm.core.llm_engine import LLM, Prompt
-from compactor_vllm.errors import CompactorError, EngineClosedError, InvalidInputError, MissingDependencyError
-from compactor_vllm.utils.sequence import Sequence, StreamChunk
+from compactor_vllm.core.llm_engine import LLM
+from compactor_vllm.core.pending_context import PendingContext
+from compactor_vllm.core.prompts import Options, Prompt, Prompts
+from compactor_vllm.errors import EngineClosedError, InvalidInputError
+from compactor_vllm.utils.sequence import Sequence
 
 T = TypeVar("T")
 
 _TOKENIZER_THREADS = 2
 
-
-class AsyncAnswer:
-    """Async iterator over the chunks of a request's completions; `AsyncLLM.generate` makes it.
-
-    The request starts with the first chunk that is asked for, or with `start`. Closing it, cancelling the task that
-    waits for a chunk, or dropping it ends the request and frees its pages.
-
-    Attributes:
-        sequences: the completions, once the request has started; `sequence` is the first one.
-    """
-
-    def __init__(self, engine: AsyncLLM, prepare: Callable[[], Sequence]):
-        self._engine, self._prepare = engine, prepare
-        self._channel: Channel | None = None
-        self._closed = False
-        self.sequences: list[Sequence] = []
-
-    @property
-    def sequence(self) -> Sequence:
-        return self.sequences[0]
-
-    @property
-    def token_times(self) -> Mapping[int, list[float]]:
-        """For each completion, when its tokens were drawn (`time.perf_counter`)."""
-        return {} if self._channel is None else self._channel.token_times
-
-    async def start(self) -> AsyncAnswer:
-        """Hands the request to the engine; returns itself.
-
-        Raises:
-            RequestError, InvalidInputError: an input is wrong; nothing has run.
-            EngineClosedError: the engine was closed, or has failed.
-        """
-        if self._channel is None and not self._closed:
-            channel = self._channel = Channel(asyncio.get_running_loop())
-            try:
-                await self._engine.ready()
-                sequence = await self._engine._in_tokenizer_thread(self._prepare)
-                if not channel.ended:
-                    self._engine._thread.submit(channel, sequence)
-                self.sequences = await channel.started
-            except BaseException:
-                self.close()
-                raise
-        return self
-
-    def __aiter__(self) -> AsyncAnswer:
-        return self
-
-    async def __anext__(self) -> StreamChunk:
-        await self.start()
-        channel = self._channel
-        if channel is None:
-            raise StopAsyncIteration
-        try:
-            await channel.wait()
-        except BaseException:
-            self.close()
-            raise
-        if channel.chunks:
-            return channel.chunks.popleft()
-        if channel.error is not None:
-            raise channel.error
-        raise StopAsyncIteration
-
-    async def complete(self) -> list[Sequence]:
-        """Waits for the end and returns the finished completions."""
-        async for _ in self:
-            pass
-        return self.sequences
-
-    def close(self, error: Exception | None = None) -> None:
-        """Ends what still runs, as soon as the engine's present step is over. To be called on the event loop.
-
-        Args:
-            error: what whoever still waits for a chunk gets; None ends the iteration.
-        """
-        self._closed = True
-        if self._channel is not None:
-            runs = not self._channel.ended
-            self._channel.end(error)
-            if runs:
-                self._engine._thread.abort(self._channel)
-
-    async def aclose(self) -> None:
-        """The same; returns when the pages are free."""
-        self.close()
-        if self._channel is not None:
-            await asyncio.wait([asyncio.wrap_future(self._engine._thread.call(lambda: None))])
-
-    def __del__(self) -> None:
-        if self._channel is not None and not self._channel.ended:
-            self._engine._thread.abort(self._channel)
+_UNITS_SECONDS = 0.01
+"""For so long the engine's thread moves a context at once, between two of its steps."""
 
 
 class AsyncLLM:
@@ -148,22 +63,22 @@ class AsyncLLM:
         batch_compression_params: BatchCompressionParams | None = None,
         per_sequence_compression_params: SequenceCompressionParams | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        context: AsyncContext | None = None,
+        extend_context: bool = False,
     ) -> AsyncAnswer:
         """The answer to one prompt (text, token ids or a conversation), to be iterated over as it is drawn.
 
         Arguments are those of `LLM.stream`. Errors in them are raised by the first chunk, or by `AsyncAnswer.start`.
         """
-        return AsyncAnswer(
-            self,
-            partial(
-                self._sequence,
-                prompt,
-                sampling_params,
-                batch_compression_params,
-                per_sequence_compression_params,
-                chat_template_kwargs,
-            ),
+        options = _options(
+            sampling_params,
+            batch_compression_params,
+            per_sequence_compression_params,
+            chat_template_kwargs,
+            context,
+            extend_context,
         )
+        return AsyncAnswer(self, lambda: self._prompts().of_any(prompt, options))
 
     def generate_from_sequence(self, sequence: Sequence) -> AsyncAnswer:
         """The same for a prepared sequence that has not run."""
@@ -176,6 +91,8 @@ class AsyncLLM:
         batch_compression_params: BatchCompressionParams | None = None,
         per_sequence_compression_params: SequenceCompressionParams | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        context: AsyncContext | None = None,
+        extend_context: bool = False,
     ) -> Sequence:
         """The sequence of one prompt, tokenised and not yet run, for `generate_from_sequence`.
 
@@ -183,17 +100,80 @@ class AsyncLLM:
             InvalidInputError: the prompt cannot become tokens.
             EngineClosedError: the engine was closed, or has failed.
         """
-        await self.ready()
-        return await self._in_tokenizer_thread(
-            partial(
-                self._sequence,
-                prompt,
-                sampling_params,
-                batch_compression_params,
-                per_sequence_compression_params,
-                chat_template_kwargs,
-            )
+        options = _options(
+            sampling_params,
+            batch_compression_params,
+            per_sequence_compression_params,
+            chat_template_kwargs,
+            context,
+            extend_context,
         )
+        await self.ready()
+        return await self._in_tokenizer_thread(lambda: self._prompts().of_any(prompt, options))
+
+    # ---- contexts ------------------------------------------------------------------------------------------------
+
+    async def compress(
+        self,
+        prompt: Prompt | SequenceOf[Message],
+        batch_compression_params: BatchCompressionParams | None = None,
+        per_sequence_compression_params: SequenceCompressionParams | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        context: AsyncContext | None = None,
+        cache_salt: str = "",
+    ) -> AsyncContext:
+        """Compresses a document for later questions, while other requests go on; see `LLM.compress`.
+
+        Cancelling it ends the prefill.
+
+        Args:
+            cache_salt: see `Sequence`.
+
+        Raises:
+            RequestError, InvalidInputError: an input is wrong; nothing has run.
+            CompactorError: the prefill failed.
+            EngineClosedError: the engine was closed, or has failed.
+        """
+        options = _options(
+            None, batch_compression_params, per_sequence_compression_params, chat_template_kwargs, context, False
+        )
+        await self.ready()
+        sequence, suffix = await self._in_tokenizer_thread(lambda: self._prompts().of_document(prompt, options))
+        sequence.cache_salt = cache_salt
+        return await self.compress_sequence(sequence, suffix)
+
+    async def compress_sequence(self, sequence: Sequence, chat_suffix: str | None) -> AsyncContext:
+        """The same for a prepared sequence that has not run, and what follows a question about it."""
+        channel, begun = Channel(asyncio.get_running_loop()), []  # type: ignore[var-annotated]
+
+        def begin(llm: LLM) -> None:
+            begun.append(PendingContext(llm, sequence, chat_suffix))
+            self._thread.watch(channel, begun[0].request)
+
+        try:
+            await self.run(begin)
+            await channel.wait_for_end()
+            return AsyncContext(self, await self.run(lambda llm: begun[0].take()))
+        finally:  # calls come in order: whatever has begun has ended after this one
+            self._thread.call(lambda: [pending.cancel() for pending in begun])
+
+    async def load_context(self, path: str | Path) -> AsyncContext:
+        """A context that was saved, read while other requests go on; see `LLM.load_context`."""
+        await self.ready()
+        llm = self._loaded_llm()
+        return AsyncContext(self, await self._run_units(load_units(llm._engine, self.config.model, Path(path))))
+
+    async def _run_units(self, units: Generator[None, None, T]) -> T:
+        """Has the engine's thread run a generator, with steps of the engine in between; what it returns."""
+        try:
+            while True:
+                done, value = await self.run(lambda llm: _advance(units))
+                if done:
+                    return value
+        finally:
+            self._thread.call(units.close)
+
+    # ---- text ----------------------------------------------------------------------------------------------------
 
     async def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
@@ -297,37 +277,10 @@ class AsyncLLM:
         return self._thread.llm
 
     def _text_tokenizer(self) -> Any:
-        if self.tokenizer is None:
-            raise MissingDependencyError(f"{self.config.model} brings no tokenizer; pass token ids")
-        return self.tokenizer
+        return self._prompts().tokenizer
 
-    def _sequence(
-        self,
-        prompt: Prompt | SequenceOf[Message],
-        sampling: SamplingParams | None,
-        batch: BatchCompressionParams | None,
-        compression: SequenceCompressionParams | None,
-        template_kwargs: Mapping[str, Any] | None,
-    ) -> Sequence:
-        compression = compression or SequenceCompressionParams()
-        if isinstance(prompt, str):
-            token_ids = list(self._text_tokenizer()(prompt)["input_ids"])
-        elif len(prompt) > 0 and all(isinstance(m, Mapping) for m in prompt):
-            try:
-                rendered = chat_prompt(self._text_tokenizer(), prompt, compression, template_kwargs or {})  # type: ignore[arg-type]
-            except CompactorError:
-                raise
-            except Exception as error:  # a template is a program, and may stumble over what it is given
-                raise InvalidInputError(f"the chat template cannot render this conversation: {error}") from error
-            token_ids, compression = rendered.token_ids, rendered.params
-        else:
-            token_ids = list(prompt)  # type: ignore[arg-type]
-        return Sequence(
-            prompt_token_ids=token_ids,
-            sampling_params=sampling or SamplingParams(),
-            compression_params=compression,
-            batch_compression_params=batch or BatchCompressionParams(),
-        )
+    def _prompts(self) -> Prompts:
+        return self._loaded_llm()._prompts
 
     async def _in_tokenizer_thread(self, call: Callable[[], T]) -> T:
         try:
@@ -335,3 +288,32 @@ class AsyncLLM:
         except RuntimeError:  # it was shut down
             raise closed_error() from None
         return await work
+
+
+def _options(
+    sampling: SamplingParams | None,
+    batch: BatchCompressionParams | None,
+    compression: SequenceCompressionParams | None,
+    template_kwargs: Mapping[str, Any] | None,
+    context: AsyncContext | None,
+    extends: bool,
+) -> Options:
+    return Options(
+        sampling=sampling,
+        batch=batch,
+        compression=compression,
+        template_kwargs=template_kwargs,
+        context=None if context is None else context.context,
+        extends=extends,
+    )
+
+
+def _advance(units: Generator[None, None, T]) -> tuple[bool, Any]:
+    """Runs units for a while: whether that was all, and what the generator returned."""
+    end = time.perf_counter() + _UNITS_SECONDS
+    try:
+        while time.perf_counter() < end:
+            next(units)
+    except StopIteration as stop:
+        return True, stop.value
+    return False, None

@@ -134,7 +134,7 @@ class Context:
         try:
             with engine.scheduler.reading(self):
                 for segment in self.segments:
-                    budget = _budget(params, begin, segment.num_tokens)
+                    budget = _budget(ratio, params, begin, segment.num_tokens)
                     if budget[0] < segment.num_tokens and not _has_scores(engine, segment):
                         raise InvalidInputError(
                             f"tokens {begin} to {begin + segment.num_tokens} were kept whole, without scores; compress "
@@ -180,10 +180,12 @@ class Context:
         self.close()
 
 
-def _budget(params: SequenceCompressionParams, begin: int, length: int) -> tuple[int, tuple[tuple[int, int], ...]]:
+def _budget(
+    ratio: float, params: SequenceCompressionParams, begin: int, length: int
+) -> tuple[int, tuple[tuple[int, int], ...]]:
     """Tokens that a segment of `length` tokens from position `begin` on may keep, and positions that stay."""
     spans = protected_spans(length, params.protected_first_tokens, params.protected_last_tokens, [])
-    kept = kept_tokens(length, float(params.compression_ratio), None, sum(high - low for low, high in spans))
+    kept = kept_tokens(length, ratio, None, sum(high - low for low, high in spans))
     return kept, tuple((begin + low, begin + high) for low, high in spans)
 
 

@@ -45,6 +45,12 @@ class ContextStore:
         """The segments of all open contexts, each once."""
         return list({id(segment): segment for held in self._held for segment in held.segments}.values())
 
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the pages that open contexts have."""
+        here = [segment for segment in self.segments if segment.parked is None]
+        return sum(self._manager.pages_filled(segment) for segment in here) * self._manager.page_bytes
+
     def add(self, owner: object, segments: tuple[Segment, ...]) -> Held:
         """Takes over shares of segments; they are freed when `owner` is garbage, if `close` was not called before."""
         held = Held(segments=segments)

@@ -38,6 +38,11 @@ class EngineStats:
         blocked: whether the queue was not empty after the last step: what waits could not run yet.
         preemptions: since the start, as seen between steps.
         pages, free_pages: of the pool; counted now and then while the engine works.
+        contexts: open ones.
+        context_bytes: of the pages that open contexts have.
+        offloaded_bytes: that contexts take in host memory.
+        prefixes: cached ones.
+        prefix_lookups, prefix_hits: requests that looked for a prefix, and those that found one.
     """
 
     running: int = 0
@@ -46,6 +51,12 @@ class EngineStats:
     preemptions: int = 0
     pages: int = 0
     free_pages: int = 0
+    contexts: int = 0
+    context_bytes: int = 0
+    offloaded_bytes: int = 0
+    prefixes: int = 0
+    prefix_lookups: int = 0
+    prefix_hits: int = 0
 
 
 class Channel:
@@ -96,6 +107,18 @@ class Channel:
         while not self.chunks and not self.ended:
             self._waiter = self.loop.create_future()
             await self._waiter
+
+    async def wait_for_end(self) -> None:
+        """Returns at the end, whatever is drawn before.
+
+        Raises:
+            Exception: the error that it ended with.
+        """
+        while not self.ended:
+            self.chunks.clear()
+            await self.wait()
+        if self.error is not None:
+            raise self.error
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -222,6 +245,11 @@ class EngineThread:
         self._publish()
         return [request.sequence for request in groups[0]]
 
+    def watch(self, channel: Channel, request: Request) -> None:
+        """Tells a channel what becomes of a request that the engine has. To be called in the thread."""
+        self._live[channel] = [request]
+        self._publish()
+
     def _remove(self, channel: Channel) -> None:
         assert self.llm is not None
         for request in self._live.pop(channel, ()):
@@ -254,9 +282,10 @@ class EngineThread:
             self._preemptions += len(preempted - self._preempted)
             self._preempted = preempted
         queue, now = list(scheduler.queue), time.perf_counter()
-        free = self.stats.free_pages
+        free, context_bytes = self.stats.free_pages, self.stats.context_bytes
         if not engine.has_work or now - self._pages_counted > _COUNT_PAGES_EVERY:
             free, self._pages_counted = self.llm.free_pages, now
+            context_bytes = scheduler.contexts.resident_bytes
         self.stats = EngineStats(
             running=sum(1 + len(request.siblings) for request in [*scheduler.running, *scheduler.prefilling]),
             waiting=sum(1 + len(request.siblings) for request in queue),
@@ -264,6 +293,12 @@ class EngineThread:
             preemptions=self._preemptions,
             pages=self.llm.num_pages,
             free_pages=free,
+            contexts=len(scheduler.contexts),
+            context_bytes=context_bytes,
+            offloaded_bytes=engine.manager.parked_bytes,
+            prefixes=len(scheduler.prefixes),
+            prefix_lookups=scheduler.lookup.lookups,
+            prefix_hits=scheduler.lookup.hits,
         )
 
     def _end(self, failure: Exception | None) -> None:

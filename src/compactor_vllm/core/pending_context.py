@@ -22,19 +22,22 @@ class PendingContext:
         sequence: the prompt and its compression.
         chat_suffix: what the chat template writes after a question; None for plain text.
 
+    Attributes:
+        request: what the engine prefills.
+
     Raises:
         RequestError, InvalidInputError: the prompt is wrong; nothing has run.
     """
 
     def __init__(self, llm: LLM, sequence: Sequence, chat_suffix: str | None):
         self._llm, self._suffix = llm, chat_suffix
-        [[self._request]] = llm._prepare([sequence], single=True, seals=True)
-        llm._submit([[self._request]])
+        [[self.request]] = llm._prepare([sequence], single=True, seals=True)
+        llm._submit([[self.request]])
 
     @property
     def done(self) -> bool:
         """Whether `take` answers; any thread may ask."""
-        return self._request.sequence.is_finished
+        return self.request.sequence.is_finished
 
     def take(self) -> Context:
         """The context, which the caller owns.
@@ -42,7 +45,7 @@ class PendingContext:
         Raises:
             CompactorError: the prefill failed.
         """
-        request, sequence, parent = self._request, self._request.sequence, self._request.sequence.context
+        request, sequence, parent = self.request, self.request.sequence, self.request.sequence.context
         segments, request.sealed = request.sealed, ()
         if not segments:
             raise CompactorError(f"the context could not be compressed: {sequence.error or sequence.finish_reason}")
@@ -59,7 +62,7 @@ class PendingContext:
     def cancel(self) -> None:
         """Ends it, wherever it is, and gives its memory back; what was taken stays."""
         engine = self._llm._engine
-        engine.abort(self._request)
-        for segment in self._request.sealed:
+        engine.abort(self.request)
+        for segment in self.request.sealed:
             engine.manager.free(segment)
-        self._request.sealed = ()
+        self.request.sealed = ()

@@ -20,10 +20,22 @@ class PrefixLookup:
     Args:
         manager: of the page pool.
         prefixes: what is cached.
+
+    Attributes:
+        lookups, hits: requests that could begin with a cached prefix when they were admitted, and those that do.
     """
 
     def __init__(self, manager: KVCacheManager, prefixes: PrefixCache):
         self._manager, self._prefixes = manager, prefixes
+        self.lookups = self.hits = 0
+
+    def count(self, request: Request) -> None:
+        """Counts a request that is about to be prefilled."""
+        known = 0 if request.sequence.context is None else request.sequence.context.num_tokens
+        found = request.sequence.cached_tokens > known
+        if found or request.run is not None or request.prefix_key is not None:
+            self.lookups += 1
+            self.hits += found
 
     def find_prefix(self, request: Request, others: list[Request]) -> bool:
         """Looks for a request's first part among the cached prefixes; False if one of `others` is making it now."""

@@ -45,7 +45,7 @@ class Scheduler:
         self.manager, self.max_num_seqs, self.max_prefill_tokens = manager, max_num_seqs, max_prefill_tokens
         self.prefixes = PrefixCache(manager.share, manager.free)
         self.contexts = ContextStore(manager)
-        self._lookup = PrefixLookup(manager, self.prefixes)
+        self.lookup = PrefixLookup(manager, self.prefixes)
         self.queue: list[Request] = []
         self.prefilling: list[Request] = []
         self.running: list[Request] = []
@@ -114,9 +114,9 @@ class Scheduler:
                 continue
             if self._seats_taken(started) + 1 + len(head.siblings) > self.max_num_seqs:
                 break
-            if not self._lookup.find_prefix(head, [*self.prefilling, *started]):
+            if not self.lookup.find_prefix(head, [*self.prefilling, *started]):
                 break
-            self._lookup.find_run(head)
+            self.lookup.find_run(head)
             length = sum(len(part) for part in head.parts)
             full = tokens + length > limit and (bool(started) or most_tokens is not None)
             if head.offloaded is None and (full or (started and (head.alone or started[0].alone))):
@@ -131,6 +131,7 @@ class Scheduler:
                 at += 1
                 continue
             if head not in self.running:
+                self.lookup.count(head)
                 started.append(head)
                 tokens += length
             self.queue.pop(at)
@@ -167,7 +168,7 @@ class Scheduler:
 
     def remember(self, request: Request) -> None:
         """Puts the full pages of what a request keeps whole, as far as it has come, among the cached prefixes."""
-        self._lookup.remember(request)
+        self.lookup.remember(request)
 
     def with_room(self, take: Callable[[], T]) -> T:
         """Calls `take` until it finds room, or `make_room` has none left.
@@ -267,7 +268,7 @@ class Scheduler:
         Raises:
             OutOfPagesError: no slots for the siblings' tails; the request is still prefilling.
         """
-        self._lookup.keep_prefix(request)
+        self.lookup.keep_prefix(request)
         group = [request, *request.siblings]
         if request.siblings:
             assert request.private is not None

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 from compactor_vllm.server.errors import ApiError
 from compactor_vllm.server.jobs import Job, Work
-from compactor_vllm.server.parameters import compression_params, sampling_params, template_kwargs, template_messages
+from compactor_vllm.server.parameters import asked_compression, sampling_params, template_kwargs, template_messages
 from compactor_vllm.server.protocol import ChatRequest
 from compactor_vllm.server.responses import (
     AnswerMessage,
@@ -56,9 +56,9 @@ class Chat:
                 max_tokens=min(limits, default=None),
                 logprobs=(request.top_logprobs or 0) if request.logprobs else None,
             ),
-            compression=compression_params(
-                request.compression, state.settings.defaults, state.method, state.engine.max_model_len
-            ),
+            compression=asked_compression(request, state.settings.defaults, state.method, state.engine.max_model_len),
+            context_id=request.context_id,
+            extends=bool(request.extend_context),
             template_kwargs=template_kwargs(request.chat_template_kwargs, tools),
             schema=request.schema_of_answer,
         )
@@ -67,7 +67,7 @@ class Chat:
         """The whole answer."""
         [group] = await job.complete()
         choices = [self._choice(index, sequence) for index, sequence in enumerate(group)]
-        return ChatResponse(
+        body = ChatResponse(
             id=self._id,
             object="chat.completion",
             created=self._created,
@@ -75,6 +75,9 @@ class Chat:
             choices=choices,
             usage=job.usage(),
         )
+        if job.work.extends:
+            body.context_id = job.extended_id(self._model)
+        return body
 
     def _choice(self, index: int, sequence: EngineSequence) -> ChatChoice:
         text = sequence.text
@@ -103,8 +106,11 @@ class Chat:
         async for _, chunk in job.chunks():
             for piece in writers[chunk.index].write(chunk):
                 yield piece
-        if self.request.includes_usage:
-            yield self._body([], job.usage())
+        if self.request.includes_usage or job.work.extends:
+            last = self._body([], job.usage())
+            if job.work.extends:
+                last.context_id = job.extended_id(self._model)
+            yield last
 
     def _chunk(
         self,

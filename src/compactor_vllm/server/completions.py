@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 
 from compactor_vllm.server.jobs import Job, Work
-from compactor_vllm.server.parameters import compression_params, sampling_params
+from compactor_vllm.server.parameters import asked_compression, sampling_params
 from compactor_vllm.server.protocol import CompletionRequest
 from compactor_vllm.server.responses import (
     CompletionChoice,
@@ -46,9 +46,9 @@ class Completion:
                 logprobs=request.logprobs,
                 prompt_logprobs=prompt_logprobs,
             ),
-            compression=compression_params(
-                request.compression, state.settings.defaults, state.method, state.engine.max_model_len
-            ),
+            compression=asked_compression(request, state.settings.defaults, state.method, state.engine.max_model_len),
+            context_id=request.context_id,
+            extends=bool(request.extend_context),
         )
         self._no_output = request.max_tokens == 0
 
@@ -65,7 +65,7 @@ class Completion:
                 )
             )
         assert len(choices) == sum(len(group) for group in groups)
-        return self._body(choices, usage=job.usage(self._no_output))
+        return self._last(job, choices)
 
     async def events(self, job: Job) -> AsyncIterator[CompletionResponse]:
         """The answer in chunks."""
@@ -83,8 +83,16 @@ class Completion:
                 logprobs = writer.next_tokens(len(chunk.token_ids))
                 if chunk.text or reason or logprobs is not None:
                     yield self._chunk(index, chunk.text, logprobs, reason)
-        if self.request.includes_usage:
-            yield self._body([], usage=job.usage(self._no_output))
+        if self.request.includes_usage or job.work.extends:
+            yield self._last(job, [])
+
+    def _last(self, job: Job, choices: list[CompletionChoice]) -> CompletionResponse:
+        """The response, or its last chunk, with what is known at the end."""
+        streams = bool(self.request.stream)
+        body = self._body(choices, None if streams and not self.request.includes_usage else job.usage(self._no_output))
+        if job.work.extends:
+            body.context_id = job.extended_id(self._model)
+        return body
 
     async def _writers(self, job: Job) -> list[_Writer]:
         """One for each choice, in order."""

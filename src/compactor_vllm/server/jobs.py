@@ -6,10 +6,10 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compactor_vllm.config import SamplingParams
-from compactor_vllm.core.async_llm import AsyncAnswer
+from compactor_vllm.core.async_answer import AsyncAnswer
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.server.errors import ApiError
 from compactor_vllm.server.parameters import Compression
@@ -17,6 +17,9 @@ from compactor_vllm.server.responses import CachedTokens, Usage
 from compactor_vllm.server.state import ServerState
 from compactor_vllm.utils.sequence import Sequence as EngineSequence
 from compactor_vllm.utils.sequence import StreamChunk
+
+if TYPE_CHECKING:
+    from compactor_vllm.server.context_registry import StoredContext
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +30,17 @@ class Work:
         prompts: each a text, token ids or a conversation.
         sampling, compression: for all of them.
         template_kwargs: for the chat template.
+        context_id: of the context that the prompts follow.
+        extends: the answer becomes a context with what it follows.
         schema: JSON schema that the answers must follow; None for any text.
     """
 
     prompts: Sequence[Any]
-    sampling: SamplingParams
     compression: Compression
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+    context_id: str | None = None
+    extends: bool = False
     schema: dict[str, Any] | None = None
 
 
@@ -42,6 +49,7 @@ class Job:
 
     Attributes:
         answers: one a prompt, once `start` is over.
+        stored: the context that the prompts follow, from `start` to `aclose`.
         log: facts for the request's log line.
     """
 
@@ -49,10 +57,16 @@ class Job:
         self.state, self.work = state, work
         self.log: dict[str, Any] = {} if log is None else log
         self.answers: list[AsyncAnswer] = []
+        self.stored: StoredContext | None = None
         self._began = time.perf_counter()
         self._error: ApiError | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
+
+    @property
+    def owner(self) -> str:
+        """Name of the key that asks."""
+        return str(self.log.get("key", ""))
 
     async def start(self) -> None:
         """Checks everything and hands it to the engine; if something is wrong, nothing runs.
@@ -62,6 +76,12 @@ class Job:
         """
         state, work = self.state, self.work
         state.check_available()
+        if work.extends:
+            state.contexts.check_room(self.owner)
+        if work.context_id is not None:
+            stored = state.contexts.get(self.owner, work.context_id)
+            state.contexts.use(stored)
+            self.stored = stored
         try:
             with state.gate.enter(len(work.prompts) * work.sampling.n):
                 state.jobs.add(self)
@@ -83,13 +103,19 @@ class Job:
         work, limit = self.work, self.state.settings.max_prompt_tokens
         with _naming(index, len(work.prompts)):
             sequence = await self.state.engine.prepare(
-                prompt, work.sampling, work.compression.batch, work.compression.sequence, work.template_kwargs
+                prompt,
+                work.sampling,
+                work.compression.batch,
+                work.compression.sequence,
+                work.template_kwargs,
+                None if self.stored is None else self.stored.context,
+                work.extends,
             )
             if work.schema is not None:
                 sequence.make_constraint = await asyncio.to_thread(self.state.guide.constraint, work.schema)
-            sequence.cache_salt = self.log.get("key", "")  # clients with different keys share no cached prefix
-            if limit is not None and len(sequence.prompt_token_ids) > limit:
-                count = len(sequence.prompt_token_ids)
+            sequence.cache_salt = self.owner  # clients with different keys share no cached prefix
+            count = len(sequence.prompt_token_ids) - (sequence.context.num_tokens if sequence.context else 0)
+            if limit is not None and count > limit:
                 raise ApiError(400, f"a prompt may have {limit} tokens here, not {count}", code="prompt_too_long")
         return sequence
 
@@ -135,6 +161,20 @@ class Job:
             )
         return chunk
 
+    def extended_id(self, model: str) -> str | None:
+        """The id of the context of prompt and answer, which is the client's from now on, if it was asked for.
+
+        Raises:
+            ApiError: there was no room for it.
+        """
+        if not self.work.extends:
+            return None
+        [answer] = self.answers
+        context = answer.extended_context
+        if context is None:
+            raise ApiError(500, answer.sequence.error or "the context could not be extended", code="engine_error")
+        return self.state.contexts.add(self.owner, model, context, None if self.stored is None else self.stored.ttl).id
+
     def usage(self, discard_output: bool = False) -> Usage:
         """What the request has taken so far."""
         groups = [answer.sequences for answer in self.answers if answer.sequences]
@@ -160,6 +200,8 @@ class Job:
             return
         self._closed = True
         self.state.jobs.discard(self)
+        if self.stored is not None:
+            self.state.contexts.leave(self.stored)
         if self._timer is not None:
             self._timer.cancel()
         try:

@@ -41,11 +41,21 @@ class EngineCollector(Collector):
             "num_requests_waiting": ("Sequences in the queue, preempted ones included.", stats.waiting),
             "kv_pages_used": ("Pages of the KV cache in use.", used),
             "kv_pages_free": ("Pages of the KV cache that are free.", stats.free_pages),
+            "contexts": ("Open contexts.", stats.contexts),
+            "context_bytes": ("Bytes of KV cache pages that open contexts hold.", stats.context_bytes),
+            "context_offloaded_bytes": ("Bytes of open contexts in host memory.", stats.offloaded_bytes),
+            "cached_prefixes": ("Prefixes that wait for a next request.", stats.prefixes),
             "kv_cache_usage_perc": ("Part of the pages in use, from 0 to 1.", used / stats.pages if stats.pages else 0),
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(f"compactor_{name}", text, value=value)
-        yield CounterMetricFamily("compactor_num_preemptions", "Preempted sequences.", value=stats.preemptions)
+        counters = {
+            "num_preemptions": ("Preempted sequences.", stats.preemptions),
+            "prefix_cache_lookups": ("Requests that could begin with a cached prefix.", stats.prefix_lookups),
+            "prefix_cache_hits": ("Requests that began with one.", stats.prefix_hits),
+        }
+        for name, (text, value) in counters.items():
+            yield CounterMetricFamily(f"compactor_{name}", text, value=value)
 
 
 class Metrics:
@@ -67,6 +77,7 @@ class Metrics:
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts.")
         self.generation_tokens = counter("generation_tokens", "Generated tokens.")
         self.kept_tokens = counter("kept_tokens", "Prompt tokens kept per layer and KV head.")
+        self.context_requests = counter("context_requests", "Requests that followed a context.")
         self.cached_tokens = counter("cached_tokens", "Prompt tokens that were not computed again.")
         self.saved_bytes = counter("kv_bytes_saved", "KV cache bytes that compression saved, over finished sequences.")
         self.first_token = histogram("time_to_first_token_seconds", "From request to first token.", _FIRST_TOKEN)
@@ -90,6 +101,8 @@ class Metrics:
         self.prompt_tokens.inc(len(first.prompt_token_ids))
         self.prompt_size.observe(len(first.prompt_token_ids))
         self.cached_tokens.inc(first.cached_tokens)
+        if first.context is not None:
+            self.context_requests.inc()
         if first.kept_tokens is not None:
             self.kept_tokens.inc(first.kept_tokens)
         if first.kept_fraction is not None:

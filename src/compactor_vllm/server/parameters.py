@@ -119,6 +119,15 @@ def compression_params(
     return Compression(batch=batch, sequence=sequence, method_name=method.name)
 
 
+def asked_compression(
+    request: GenerationRequest, defaults: Defaults, default: BaseCompressionMethod | None, max_model_len: int
+) -> Compression:
+    """As `compression_params`; what follows a context is kept whole."""
+    if request.context_id is None:
+        return compression_params(request.compression, defaults, default, max_model_len)
+    return Compression(batch=BatchCompressionParams(), sequence=SequenceCompressionParams(), method_name="none")
+
+
 def _method(
     options: CompressionOptions, default: BaseCompressionMethod | None, keeps_everything: bool, max_model_len: int
 ) -> BaseCompressionMethod:

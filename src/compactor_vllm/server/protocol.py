@@ -65,10 +65,15 @@ class CompressionOptions(ApiModel):
     chunk_size: PositiveInt = 512
 
 
+ContextId = Annotated[str, Field(min_length=1, max_length=64)]
+
+
 class GenerationRequest(ApiModel):
     """What completions and chat have in common."""
 
     model: str | None = None
+    context_id: ContextId | None = Field(default=None, description="the context that the prompt follows")
+    extend_context: bool | None = Field(default=None, description="make a context of what it follows and the answer")
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: PositiveInt | None = None
@@ -92,6 +97,14 @@ class GenerationRequest(ApiModel):
             raise PydanticCustomError("invalid", "it is only allowed with stream=true", {"field": "stream_options"})
         return self
 
+    @model_validator(mode="after")
+    def _check_context(self) -> GenerationRequest:
+        if self.context_id is not None and self.compression is not None:
+            raise PydanticCustomError("invalid", "what follows a context is kept whole", {"field": "compression"})
+        if self.extend_context and (self.n or 1) > 1:
+            raise PydanticCustomError("invalid", "it needs n=1", {"field": "extend_context"})
+        return self
+
     @property
     def includes_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
@@ -111,6 +124,8 @@ class CompletionRequest(GenerationRequest):
 
     @model_validator(mode="after")
     def _check_max_tokens(self) -> CompletionRequest:
+        if self.extend_context and (len(self.prompts) > 1 or self.max_tokens == 0):
+            raise PydanticCustomError("invalid", "it needs one prompt, and an answer", {"field": "extend_context"})
         if self.max_tokens == 0 and not self.echo:
             raise PydanticCustomError("invalid", "0 is only allowed with echo=true", {"field": "max_tokens"})
         return self
@@ -273,6 +288,27 @@ class TokenizeRequest(ApiModel):
 
     @model_validator(mode="after")
     def _check_one(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise PydanticCustomError("invalid", "give either prompt or messages", {"field": "prompt"})
+        return self
+
+
+class ContextRequest(ApiModel):
+    """POST /v1/contexts: a text, token ids, or a conversation whose last message is a document."""
+
+    model: str | None = None
+    prompt: Text | Annotated[list[TokenId], Field(min_length=1)] | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    context_id: ContextId | None = Field(default=None, description="a context that the new one begins with")
+    compression: CompressionOptions | None = None
+    ttl: Annotated[float, Field(gt=0, le=30 * 86_400)] | None = Field(
+        default=None, description="seconds without use after which it is closed"
+    )
+    chat_template_kwargs: dict[str, JsonValue] | None = None
+    user: str | None = Field(default=None, description="without effect")
+
+    @model_validator(mode="after")
+    def _check_one(self) -> ContextRequest:
         if (self.prompt is None) == (self.messages is None):
             raise PydanticCustomError("invalid", "give either prompt or messages", {"field": "prompt"})
         return self

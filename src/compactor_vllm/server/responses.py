@@ -61,6 +61,7 @@ class CompletionResponse(BaseModel):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
+    context_id: str | None = None
 
 
 class TopLogprob(BaseModel):
@@ -125,6 +126,7 @@ class ChatResponse(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage | None = None
+    context_id: str | None = None
 
 
 class ChatChunkChoice(BaseModel):
@@ -145,6 +147,7 @@ class ChatChunk(BaseModel):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
+    context_id: str | None = None
 
 
 class Model(BaseModel):
@@ -162,6 +165,48 @@ class ModelList(BaseModel):
 
     object: Literal["list"]
     data: list[Model]
+
+
+class ContextObject(BaseModel):
+    """A context.
+
+    Attributes:
+        created, expires_at: Unix times; it expires that late if nobody uses it until then.
+        ttl: seconds without use after which it is closed.
+        prompt_tokens: that it stands for.
+        kept_tokens: per layer and KV head, mean rounded up.
+        kv_bytes, kv_bytes_full: of the pages that hold it, and that a full cache would take.
+        offloaded: whether it waits in host memory at present.
+        chat: whether questions are messages; else they are text.
+    """
+
+    id: str
+    object: Literal["context"]
+    created: int
+    expires_at: int
+    ttl: float
+    model: str
+    prompt_tokens: int
+    kept_tokens: int
+    kv_bytes: int
+    kv_bytes_full: int
+    offloaded: bool
+    chat: bool
+
+
+class ContextList(BaseModel):
+    """GET /v1/contexts."""
+
+    object: Literal["list"]
+    data: list[ContextObject]
+
+
+class ContextDeleted(BaseModel):
+    """DELETE /v1/contexts/{id}."""
+
+    id: str
+    object: Literal["context.deleted"]
+    deleted: Literal[True]
 
 
 class TokenizeResponse(BaseModel):

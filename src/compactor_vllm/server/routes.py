@@ -10,13 +10,23 @@ from starlette.responses import Response
 
 from compactor_vllm.server.chat import Chat
 from compactor_vllm.server.completions import Completion
+from compactor_vllm.server.contexts import Compress
 from compactor_vllm.server.errors import ApiError
 from compactor_vllm.server.jobs import Job
 from compactor_vllm.server.parameters import template_kwargs, template_messages
-from compactor_vllm.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from compactor_vllm.server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    ContextRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
 from compactor_vllm.server.responses import (
     ChatResponse,
     CompletionResponse,
+    ContextDeleted,
+    ContextList,
+    ContextObject,
     DetokenizeResponse,
     ErrorResponse,
     Model,
@@ -31,7 +41,7 @@ router = APIRouter()
 _STATUSES = {
     400: "The request is wrong; the message names the field.",
     401: "The API key is missing or unknown.",
-    404: "There is no such model.",
+    404: "There is no such model, or no such context.",
     408: "The body took too long to arrive.",
     413: "The body is too large.",
     429: "Too many requests are waiting; see Retry-After.",
@@ -96,6 +106,39 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """Answers a conversation."""
     return await _respond(request, Chat(server_state(request), body, request.state.request_id))
+
+
+@router.post("/v1/contexts", responses=responses(ContextObject, *_GENERATES), response_model=None)
+async def compress(body: ContextRequest, request: Request) -> Response:
+    """Compresses a document that later requests may begin with, by its id."""
+    job = Compress(server_state(request), body, request.state.log)
+    try:
+        return _json(await until_disconnect(request, job.run()))
+    finally:
+        await job.aclose()
+
+
+@router.get("/v1/contexts", responses=responses(ContextList, 401), response_model=None)
+async def contexts(request: Request) -> Response:
+    """The client's contexts."""
+    return _json(ContextList(object="list", data=server_state(request).contexts.list(_owner(request))))
+
+
+@router.get("/v1/contexts/{context_id}", responses=responses(ContextObject, 401, 404), response_model=None)
+async def context(context_id: str, request: Request) -> Response:
+    """One of the client's contexts."""
+    return _json(server_state(request).contexts.show(_owner(request), context_id))
+
+
+@router.delete("/v1/contexts/{context_id}", responses=responses(ContextDeleted, 401, 404), response_model=None)
+async def delete_context(context_id: str, request: Request) -> Response:
+    """Gives a context up; requests that use it go on."""
+    server_state(request).contexts.delete(_owner(request), context_id)
+    return _json(ContextDeleted(id=context_id, object="context.deleted", deleted=True))
+
+
+def _owner(request: Request) -> str:
+    return str(request.state.log.get("key", ""))
 
 
 @router.get("/v1/models", responses=responses(ModelList, 401), response_model=None)

@@ -60,6 +60,8 @@ class ServerSettings:
         max_body_bytes: of a request.
         max_prompt_tokens: of one prompt; None leaves it to the model.
         max_output_tokens: of one answer; None leaves it to the model.
+        context_ttl: seconds without use after which a context is closed, where its request says nothing.
+        max_contexts: that one client (key) may hold.
         request_timeout: seconds that a request may take in all.
         body_timeout: seconds in which a request's body must have arrived.
         stall_timeout: seconds of one engine step after which /health says that the engine hangs.
@@ -79,6 +81,8 @@ class ServerSettings:
     max_body_bytes: int = 16 * 2**20
     max_prompt_tokens: int | None = None
     max_output_tokens: int | None = None
+    context_ttl: float = 3600
+    max_contexts: int = 64
     request_timeout: float = 600
     body_timeout: float = 60
     stall_timeout: float = 300
@@ -89,9 +93,9 @@ class ServerSettings:
             raise ConfigError("a served model needs a name")
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
             raise ConfigError(f"root_path begins with a slash and does not end with one, not {self.root_path!r}")
-        for name in ("request_timeout", "body_timeout", "stall_timeout"):
+        for name in ("request_timeout", "body_timeout", "stall_timeout", "context_ttl"):
             self._check(name, 0, open_low=True)
-        for name in ("max_queue", "drain_timeout"):
+        for name in ("max_queue", "drain_timeout", "max_contexts"):
             self._check(name, 0)
         for name in ("max_body_bytes", "max_prompt_tokens", "max_output_tokens"):
             if getattr(self, name) is not None:

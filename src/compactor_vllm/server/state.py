@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 from compactor_vllm.core.async_llm import AsyncLLM
+from compactor_vllm.server.context_registry import ContextRegistry
 from compactor_vllm.server.errors import ApiError
 from compactor_vllm.server.guided import Guide
 from compactor_vllm.server.metrics import Metrics
@@ -74,6 +75,7 @@ class ServerState:
 
     Attributes:
         jobs: requests that run or wait.
+        contexts: that clients hold.
         draining: whether no new ones are taken, because the server is about to stop.
     """
 
@@ -83,6 +85,7 @@ class ServerState:
         self.gate = Gate(engine, settings.max_queue)
         self.method = default_method(settings.defaults)
         self.jobs: set[Job] = set()
+        self.contexts = ContextRegistry(settings.context_ttl, settings.max_contexts)
         self.draining = False
         self.created = int(time.time())
         self._texts: TokenTexts | None = None

@@ -10,13 +10,14 @@ from itertools import accumulate
 from typing import Any
 
 from compactor_vllm.config import SamplingParams
+from compactor_vllm.core.async_context import AsyncContext
 from compactor_vllm.core.chat import encode
 from compactor_vllm.core.context import chat_parts
 from compactor_vllm.errors import CompactorError, EngineClosedError, InvalidInputError, MissingDependencyError
 from compactor_vllm.server.errors import ApiError
 from compactor_vllm.server.jobs import Job, Work
 from compactor_vllm.server.parameters import Compression, compression_params
-from compactor_vllm.server.playground.kept import KeptMap
+from compactor_vllm.server.playground.kept import KeptMap, kept_map
 from compactor_vllm.server.playground.protocol import (
     AskRequest,
     DoneEvent,
@@ -26,7 +27,6 @@ from compactor_vllm.server.playground.protocol import (
     Side,
     TextEvent,
 )
-from compactor_vllm.server.playground.reading import Reading
 from compactor_vllm.server.protocol import CompressionOptions
 from compactor_vllm.server.state import ServerState
 from compactor_vllm.server.tokens import TokenTexts
@@ -61,7 +61,7 @@ class Ask(Job):
         super().__init__(state, Work(prompts=[], sampling=sampling, compression=compression), log)
         self.request, self._turns = request, turns
         self._sides: list[SideJob] = []
-        self._reading: Reading | None = None
+        self._reading: asyncio.Task[AsyncContext] | None = None
         self._document: list[int] = []
         self._question: list[int] = []
         self._suffix = ""
@@ -114,11 +114,12 @@ class Ask(Job):
             compression_params=self.work.compression.sequence,
             batch_compression_params=self.work.compression.batch,
         )
-        self._reading = Reading(self.state.engine, document, self._suffix)
-        await self._reading.begin()
-        await self._until(lambda: self._reading is not None and self._reading.done)
+        engine = self.state.engine
+        self._reading = reading = asyncio.ensure_future(engine.compress_sequence(document, self._suffix))
+        await self._until(reading.done)
         seconds = time.perf_counter() - began
-        context, kept = await self._reading.finish()
+        context = reading.result().context
+        kept = await engine.run(lambda llm: kept_map(llm, context))
         yield await asyncio.to_thread(self._kept_event, kept, seconds, context.kept_tokens)
         began = time.perf_counter() - seconds  # what was looked up for the page does not count
         async for event in self._answer("compressed", began, seconds, context):
@@ -182,8 +183,12 @@ class Ask(Job):
 
     async def _give_back(self) -> None:
         """The context's memory to the engine, and the turn to the next one."""
-        if self._reading is not None:
-            await self._reading.aclose()
+        reading, self._reading = self._reading, None
+        if reading is not None:
+            reading.cancel()
+            await asyncio.wait([reading])
+            if not reading.cancelled() and reading.exception() is None:
+                await reading.result().aclose()
         if self in self._turns:
             self._turns.remove(self)
 

@@ -47,10 +47,11 @@ def kept_map(llm: LLM, context: Context) -> KeptMap:
     manager = llm._engine.manager
     heads_L = manager.kv_heads_L
     kept_HT = np.zeros((int(heads_L.sum()), context.num_tokens), dtype=bool)
-    for segment in context.segments:
-        lens_LK, positions_NR = _read_positions(manager, segment)
-        lens_H = np.concatenate([lens_K[:heads] for lens_K, heads in zip(lens_LK, heads_L, strict=True)])
-        kept_HT |= kept_positions(lens_H, positions_NR, context.num_tokens)
+    with llm._engine.scheduler.reading(context):
+        for segment in context.segments:
+            lens_LK, positions_NR = _read_positions(manager, segment)
+            lens_H = np.concatenate([lens_K[:heads] for lens_K, heads in zip(lens_LK, heads_L, strict=True)])
+            kept_HT |= kept_positions(lens_H, positions_NR, context.num_tokens)
     return KeptMap(kept_HT=kept_HT, heads_L=tuple(int(heads) for heads in heads_L))
 
 
