@@ -234,7 +234,9 @@ def _merge_if_last(
 ):  # fmt: skip
     """Counts a piece as written; if it is the last, weighs all of them, in their order, and writes the result."""
     BLOCK_G: tl.constexpr = triton.next_power_of_2(GROUP)
-    BLOCK_P: tl.constexpr = max(1, 4096 // (BLOCK_G * BLOCK_D))
+    # As many pieces at a time as registers are left: float32 products take more of them.
+    VALUES: tl.constexpr = 2048 if out_ptr.dtype.element_ty == tl.float32 else 4096
+    BLOCK_P: tl.constexpr = max(1, VALUES // (BLOCK_G * BLOCK_D))
     tl.debug_barrier()  # what all threads wrote comes before the count
     if tl.atomic_add(done_ptr, 1, sem="acq_rel") == pieces - 1:
         head, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)

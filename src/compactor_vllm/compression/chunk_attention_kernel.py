@@ -3,7 +3,8 @@
 A program takes one chunk and one KV head: the chunk's keys stay in shared memory, queries of the whole head group
 stream past them, and each block of logits is a whole softmax row. So Q·Kᵀ is computed once, nothing but the column sums
 leaves the chip, and the sums are taken in one order, the same in every run. Column sums are kept per thread until the
-end: a block of rows is folded over rows that one thread holds, which needs no exchange between threads.
+end: a block of rows is folded over rows that one thread holds, which needs no exchange between threads. Programs of the
+heads of one chunk follow one another, so that what runs at a time reads whole rows of memory.
 
 Chunks longer than a tile of keys are cut into key blocks; each program then computes the row maxima and sums of the
 whole chunk for itself.
@@ -107,7 +108,7 @@ def chunk_attention_scores(
     chunk = min(chunk, num_tokens)
     config = default_chunk_attention_config(capability_of(k_TKD.device), k_TKD.dtype, dim, chunk)
     num_seqs, key_blocks = cu_seqlens_B1.shape[0] - 1, triton.cdiv(chunk, config.keys)
-    _chunk_attention_kernel[(max_blocks(num_tokens, num_seqs, WHOLE, chunk), num_kv_heads, key_blocks)](
+    _chunk_attention_kernel[(max_blocks(num_tokens, num_seqs, WHOLE, chunk) * num_kv_heads, key_blocks)](
         q_THD,
         k_TKD,
         k_TKD if v_TKD is None else v_TKD,
@@ -144,12 +145,10 @@ def _load_rows(
 
 
 @triton.jit
-def _logits(q, k, num_keys, KEYS: tl.constexpr):
-    """q kᵀ [QUERIES, KEYS]; keys from `num_keys` on are -inf."""
+def _logits(q, k, num_keys, KEYS: tl.constexpr, FULL: tl.constexpr):
+    """q kᵀ [QUERIES, KEYS]; keys from `num_keys` on are -inf, if they are not FULL."""
     logits = tl.dot(q, tl.trans(k), input_precision="tf32x3")
-    if num_keys < KEYS:
-        logits = tl.where((tl.arange(0, KEYS) < num_keys)[None, :], logits, float("-inf"))
-    return logits
+    return logits if FULL else tl.where((tl.arange(0, KEYS) < num_keys)[None, :], logits, float("-inf"))
 
 
 @triton.jit
@@ -162,7 +161,7 @@ def _row_maxima_and_sums(
     sums = tl.zeros((QUERIES,), tl.float32)
     for start in range(begin, end, KEYS):
         k = _load_rows(k_ptr, start, end, head, NUM_KV_HEADS, DIM, DIM_PADDED, KEYS)
-        logits = _logits(q, k, end - start, KEYS)
+        logits = _logits(q, k, end - start, KEYS, False)
         larger = tl.maximum(maxima, tl.max(logits, 1) * scale)
         sums = sums * tl.exp2(maxima - larger) + tl.sum(tl.exp2(logits * scale - larger[:, None]), 1)
         maxima = larger
@@ -183,6 +182,41 @@ def _value_lengths(v_ptr, begin, end, head, NUM_KV_HEADS: tl.constexpr, V_DIM: t
     return tl.sqrt(squares)
 
 
+@triton.jit
+def _received(
+    q_ptr, k_ptr, k, begin, end, first_key, head, scale,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, ONE_BLOCK: tl.constexpr, REDUCTION: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Weight that each of the keys `k` [KEYS, DIM_PADDED] receives from the queries of tokens [begin, end)."""
+    FOLD: tl.constexpr = _FOLD
+    query_blocks = (end - begin + QUERIES - 1) // QUERIES
+    received = tl.zeros((KEYS,), tl.float32)
+    folded = tl.zeros((QUERIES // (2 * FOLD), FOLD, KEYS), tl.float32)
+    for step in range(GROUP * query_blocks):
+        query = begin + (step % query_blocks) * QUERIES
+        query_head = head * GROUP + step // query_blocks
+        q = _load_rows(q_ptr, query, end, query_head, NUM_KV_HEADS * GROUP, DIM, DIM_PADDED, QUERIES)
+        logits = _logits(q, k, end - first_key, KEYS, FULL)
+        if ONE_BLOCK:
+            weights = tl.exp2(logits * scale - (tl.max(logits, 1) * scale)[:, None])
+            sums = tl.sum(weights, 1)
+        else:
+            maxima, sums = _row_maxima_and_sums(
+                q, k_ptr, begin, end, head, scale, NUM_KV_HEADS, DIM, DIM_PADDED, QUERIES, KEYS
+            )
+            weights = tl.exp2(logits * scale - maxima[:, None])
+        weights *= tl.where(query + tl.arange(0, QUERIES) < end, 1.0 / sums, 0.0)[:, None]
+        folded += tl.sum(tl.reshape(weights, (QUERIES // (2 * FOLD), 2, FOLD, KEYS)), 1)
+        if REDUCTION == "max":
+            last = (step + 1) % query_blocks == 0
+            received = tl.where(last, tl.maximum(received, tl.sum(tl.sum(folded, 0), 0)), received)
+            folded = tl.where(last, 0.0, folded)
+    if REDUCTION != "max":
+        received = tl.sum(tl.sum(folded, 0), 0)
+    return received / GROUP if REDUCTION == "mean" else received
+
+
 @triton.jit(do_not_specialize=["num_seqs"])
 def _chunk_attention_kernel(
     q_ptr, k_ptr, v_ptr, cu_seqlens_ptr, out_ptr, num_seqs, chunk, scale,
@@ -190,43 +224,26 @@ def _chunk_attention_kernel(
     QUERIES: tl.constexpr, KEYS: tl.constexpr, ONE_BLOCK: tl.constexpr, V_DIM: tl.constexpr, REDUCTION: tl.constexpr,
 ):  # fmt: skip
     """One program a (chunk, KV head, block of keys)."""
-    FOLD: tl.constexpr = _FOLD
-    index = tl.program_id(0)
-    head = tl.program_id(1)
+    index = tl.program_id(0) // NUM_KV_HEADS
+    head = tl.program_id(0) % NUM_KV_HEADS
     sequence, first_unit = locate_block(index, cu_seqlens_ptr, num_seqs, chunk, 1 << 30)
     if sequence < num_seqs:
         first_token = tl.load(cu_seqlens_ptr + sequence)
         length = tl.load(cu_seqlens_ptr + sequence + 1) - first_token
         begin, end = block_tokens(index - first_unit, first_token, length, chunk, 1 << 30)
-        first_key = begin + tl.program_id(2) * KEYS
+        first_key = begin + tl.program_id(1) * KEYS
         if first_key < end:
             k = _load_rows(k_ptr, first_key, end, head, NUM_KV_HEADS, DIM, DIM_PADDED, KEYS)
-            query_blocks = (end - begin + QUERIES - 1) // QUERIES
-            received = tl.zeros((KEYS,), tl.float32)
-            folded = tl.zeros((QUERIES // (2 * FOLD), FOLD, KEYS), tl.float32)
-            for step in range(GROUP * query_blocks):
-                query = begin + (step % query_blocks) * QUERIES
-                query_head = head * GROUP + step // query_blocks
-                q = _load_rows(q_ptr, query, end, query_head, NUM_KV_HEADS * GROUP, DIM, DIM_PADDED, QUERIES)
-                logits = _logits(q, k, end - first_key, KEYS)
-                if ONE_BLOCK:
-                    weights = tl.exp2(logits * scale - (tl.max(logits, 1) * scale)[:, None])
-                    sums = tl.sum(weights, 1)
-                else:
-                    maxima, sums = _row_maxima_and_sums(
-                        q, k_ptr, begin, end, head, scale, NUM_KV_HEADS, DIM, DIM_PADDED, QUERIES, KEYS
-                    )
-                    weights = tl.exp2(logits * scale - maxima[:, None])
-                weights *= tl.where(query + tl.arange(0, QUERIES) < end, 1.0 / sums, 0.0)[:, None]
-                folded += tl.sum(tl.reshape(weights, (QUERIES // (2 * FOLD), 2, FOLD, KEYS)), 1)
-                if REDUCTION == "max":
-                    last = (step + 1) % query_blocks == 0
-                    received = tl.where(last, tl.maximum(received, tl.sum(tl.sum(folded, 0), 0)), received)
-                    folded = tl.where(last, 0.0, folded)
-            if REDUCTION != "max":
-                received = tl.sum(tl.sum(folded, 0), 0)
-            if REDUCTION == "mean":
-                received /= GROUP
+            if end - first_key >= KEYS:  # nearly all chunks are: their logits need no mask
+                received = _received(
+                    q_ptr, k_ptr, k, begin, end, first_key, head, scale,
+                    NUM_KV_HEADS, GROUP, DIM, DIM_PADDED, QUERIES, KEYS, ONE_BLOCK, REDUCTION, True,
+                )  # fmt: skip
+            else:
+                received = _received(
+                    q_ptr, k_ptr, k, begin, end, first_key, head, scale,
+                    NUM_KV_HEADS, GROUP, DIM, DIM_PADDED, QUERIES, KEYS, ONE_BLOCK, REDUCTION, False,
+                )  # fmt: skip
             if V_DIM:
                 received *= _value_lengths(v_ptr, first_key, end, head, NUM_KV_HEADS, V_DIM, KEYS)
             token = first_key + tl.arange(0, KEYS)

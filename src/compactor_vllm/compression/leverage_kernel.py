@@ -6,7 +6,7 @@ of squares that rounding cannot make negative, taken with the one projection Φ 
 trace of (pivots below 1e-6 of their diagonal) count as absent.
 
 A chunk of up to `fused_chunk` tokens is one program: its keys are read from memory once, then from the L2 cache.
-Longer ones take three launches: moments of blocks, their merge and factor, leverage.
+Longer ones take four launches: moments of blocks, their merge, its factor, leverage.
 
 Shape suffixes: T tokens, B sequences, K KV heads, D head dimension, S sketch columns (padded with zeros).
 """
@@ -36,6 +36,7 @@ from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_tensor
 
 MAX_COLUMNS = 127
 _BLOCK = 512  # tokens of a program of the long path
+_SLICE, _MERGED = 16, 4  # rows of a matrix that a program merges, and blocks that it adds at a time
 _INTERPRETER_TERM = torch.float32  # Triton's interpreter has no bfloat16 products
 _KEY_TERMS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
@@ -86,18 +87,24 @@ def leverage_scores(k_TKD: Tensor, phi_DS: Tensor, cu_seqlens_B1: Tensor, *, chu
     options = {"num_warps": 4 if padded <= 64 else 8, "num_stages": config.num_stages}
     units = max_blocks(num_tokens, num_seqs, WHOLE, unit)
     if min(unit, num_tokens) <= config.fused_chunk:
-        _leverage_kernel[(units, num_kv_heads)](
+        _leverage_kernel[(units * num_kv_heads,)](
             k_TKD, phi, cu_seqlens_B1, out_TK, num_seqs, unit, float(ridge), **constants, **options
         )
         return out_TK
     blocks = max_blocks(num_tokens, num_seqs, _BLOCK, unit)
     parts = torch.empty(blocks, num_kv_heads, padded + 1, padded, dtype=torch.float32, device=k_TKD.device)
-    factors = torch.empty(units, num_kv_heads, padded + 1, padded, dtype=torch.float32, device=k_TKD.device)
-    grid = (blocks, num_kv_heads)
+    grid = (blocks * num_kv_heads,)  # heads first: programs that run together read whole rows of memory
     _moments_kernel[grid](k_TKD, phi, cu_seqlens_B1, parts, num_seqs, unit, **constants, BLOCK=_BLOCK, **options)
-    _factor_kernel[(units, num_kv_heads)](
-        cu_seqlens_B1, parts, factors, num_seqs, unit, float(ridge),
-        NUM_KV_HEADS=num_kv_heads, COLUMNS=columns, PADDED=padded, BLOCK=_BLOCK, **options,
+    factors = parts  # where every unit is a block
+    if min(unit, num_tokens) > _BLOCK:
+        factors = torch.empty(units, num_kv_heads, padded + 1, padded, dtype=torch.float32, device=k_TKD.device)
+        _merge_kernel[(units * num_kv_heads, padded // _SLICE)](
+            cu_seqlens_B1, parts, factors, num_seqs, unit,
+            NUM_KV_HEADS=num_kv_heads, PADDED=padded, BLOCK=_BLOCK, SLICE=_SLICE, MERGED=_MERGED, **options,
+        )  # fmt: skip
+    _factor_kernel[(units * num_kv_heads,)](
+        cu_seqlens_B1, factors, num_seqs, unit, float(ridge),
+        NUM_KV_HEADS=num_kv_heads, COLUMNS=columns, PADDED=padded, **options,
     )  # fmt: skip
     _apply_kernel[grid](
         k_TKD, phi, cu_seqlens_B1, factors, out_TK, num_seqs, unit, **constants, BLOCK=_BLOCK, **options
@@ -133,7 +140,7 @@ def default_leverage_config(
         # Wider heads, and more terms of keys or sketch, overflow the fused kernel's registers.
         fused = exact_sketch and dtype == torch.bfloat16 and dim <= 64
         rows = 64 if dtype == torch.bfloat16 else 32
-        return LeverageConfig(rows=rows, project=True, fused_chunk=1024 if fused else 0, num_stages=2)
+        return LeverageConfig(rows=rows, project=True, fused_chunk=1024 if fused else 0, num_stages=3)
     rows = 16 if dtype == torch.float32 and capability[0] not in (9, 10) else 32
     fused_chunk = 1024 if capability == (0, 0) else 0
     num_stages = 2 if small and dtype == torch.bfloat16 and exact_sketch else 1
@@ -173,8 +180,8 @@ def _leverage_kernel(
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """One program a (chunk, head)."""
-    index = tl.program_id(0)
-    head = tl.program_id(1)
+    index = tl.program_id(0) // NUM_KV_HEADS
+    head = tl.program_id(0) % NUM_KV_HEADS
     sequence, first_unit = locate_block(index, cu_seqlens_ptr, num_seqs, unit, 1 << 30)
     if sequence < num_seqs:
         first_token = tl.load(cu_seqlens_ptr + sequence)
@@ -206,8 +213,8 @@ def _moments_kernel(
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Mean and centred Gram matrix of the sketch of one block of tokens."""
-    index = tl.program_id(0)
-    head = tl.program_id(1)
+    index = tl.program_id(0) // NUM_KV_HEADS
+    head = tl.program_id(0) % NUM_KV_HEADS
     sequence, first_block = locate_block(index, cu_seqlens_ptr, num_seqs, unit, BLOCK)
     if sequence < num_seqs:
         first_token = tl.load(cu_seqlens_ptr + sequence)
@@ -222,35 +229,62 @@ def _moments_kernel(
 
 
 @triton.jit(do_not_specialize=["num_seqs"])
-def _factor_kernel(
-    cu_seqlens_ptr, parts_ptr, factors_ptr, num_seqs, unit, ridge,
-    NUM_KV_HEADS: tl.constexpr, COLUMNS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+def _merge_kernel(
+    cu_seqlens_ptr, parts_ptr, merged_ptr, num_seqs, unit,
+    NUM_KV_HEADS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, SLICE: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
-    """Merges a chunk's blocks, G = Σ (G_i + n_i (μ_i - μ)(μ_i - μ)ᵀ), and stores its whitener and mean."""
-    index = tl.program_id(0)
-    head = tl.program_id(1)
+    """Merges a chunk's blocks, μ = Σ n_i μ_i / n and G = Σ (G_i + n_i (μ_i - μ)(μ_i - μ)ᵀ): SLICE rows of G."""
+    index = tl.program_id(0) // NUM_KV_HEADS
+    head = tl.program_id(0) % NUM_KV_HEADS
     sequence, first_unit = locate_block(index, cu_seqlens_ptr, num_seqs, unit, 1 << 30)
     if sequence < num_seqs:
         first_token = tl.load(cu_seqlens_ptr + sequence)
         length = tl.load(cu_seqlens_ptr + sequence + 1) - first_token
         begin, end = block_tokens(index - first_unit, first_token, length, unit, 1 << 30)
         per_unit = (unit + BLOCK - 1) // BLOCK
-        block = blocks_before(sequence, cu_seqlens_ptr, unit, BLOCK) + (index - first_unit) * per_unit
+        first = blocks_before(sequence, cu_seqlens_ptr, unit, BLOCK) + (index - first_unit) * per_unit
+        blocks = (end - begin + BLOCK - 1) // BLOCK
+        lane, row = tl.arange(0, PADDED), tl.program_id(1) * SLICE + tl.arange(0, SLICE)
+        size = (PADDED + 1) * PADDED
+        vectors = parts_ptr + (first.to(tl.int64) * NUM_KV_HEADS + head) * size + PADDED * PADDED
         mean = tl.zeros((PADDED,), tl.float32)
-        for start in range(begin, end, BLOCK):
-            share = tl.minimum(end - start, BLOCK).to(tl.float32) / (end - begin).to(tl.float32)
-            _, vector = _matrix_pointers(parts_ptr, block + (start - begin) // BLOCK, head, NUM_KV_HEADS, PADDED)
-            mean += share * tl.load(vector)
-        gram = tl.zeros((PADDED, PADDED), tl.float32)
-        for start in range(begin, end, BLOCK):
-            count = tl.minimum(end - start, BLOCK).to(tl.float32)
-            part = block + (start - begin) // BLOCK
-            matrix, vector = _matrix_pointers(parts_ptr, part, head, NUM_KV_HEADS, PADDED)
-            offset = tl.load(vector) - mean
-            gram += tl.load(matrix) + count * offset[:, None] * offset[None, :]
+        slice_mean = tl.zeros((SLICE,), tl.float32)
+        for start in range(0, blocks, 16):
+            block = start + tl.arange(0, 16)
+            share = tl.minimum(end - begin - block * BLOCK, BLOCK).to(tl.float32) / tl.maximum(end - begin, 1)
+            place, valid = vectors + (block * NUM_KV_HEADS * size)[:, None], (block < blocks)[:, None]
+            mean += tl.sum(tl.load(place + lane[None, :], mask=valid, other=0.0) * share[:, None], 0)
+            slice_mean += tl.sum(tl.load(place + row[None, :], mask=valid, other=0.0) * share[:, None], 0)
+        gram = tl.zeros((SLICE, PADDED), tl.float32)
+        for start in range(0, blocks, MERGED):
+            block = start + tl.arange(0, MERGED)
+            count = tl.where(block < blocks, tl.minimum(end - begin - block * BLOCK, BLOCK), 0).to(tl.float32)
+            place, valid = vectors + (block * NUM_KV_HEADS * size)[:, None], (block < blocks)[:, None]
+            across = tl.load(place + lane[None, :], mask=valid, other=0.0) - mean[None, :]
+            down = (tl.load(place + row[None, :], mask=valid, other=0.0) - slice_mean[None, :]) * count[:, None]
+            matrices = place[:, :, None] + (row * PADDED)[None, :, None] + lane[None, None, :] - PADDED * PADDED
+            part = tl.load(matrices, mask=valid[:, :, None], other=0.0)
+            gram += tl.sum(part + down[:, :, None] * across[:, None, :], 0)
+        target = merged_ptr + (index.to(tl.int64) * NUM_KV_HEADS + head) * size
+        tl.store(target + row[:, None] * PADDED + lane[None, :], gram)
+        tl.store(target + PADDED * PADDED + row, slice_mean)
+
+
+@triton.jit(do_not_specialize=["num_seqs"])
+def _factor_kernel(
+    cu_seqlens_ptr, factors_ptr, num_seqs, unit, ridge,
+    NUM_KV_HEADS: tl.constexpr, COLUMNS: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Puts a chunk's whitener in the place of its Gram matrix."""
+    index = tl.program_id(0) // NUM_KV_HEADS
+    head = tl.program_id(0) % NUM_KV_HEADS
+    sequence, first_unit = locate_block(index, cu_seqlens_ptr, num_seqs, unit, 1 << 30)
+    if sequence < num_seqs:
+        first_token = tl.load(cu_seqlens_ptr + sequence)
+        length = tl.load(cu_seqlens_ptr + sequence + 1) - first_token
+        begin, end = block_tokens(index - first_unit, first_token, length, unit, 1 << 30)
         matrix, vector = _matrix_pointers(factors_ptr, index, head, NUM_KV_HEADS, PADDED)
-        tl.store(matrix, whitening(gram, mean, end - begin, ridge, COLUMNS, PADDED))
-        tl.store(vector, mean)
+        tl.store(matrix, whitening(tl.load(matrix), tl.load(vector), end - begin, ridge, COLUMNS, PADDED))
 
 
 @triton.jit(do_not_specialize=["num_seqs"])
@@ -261,8 +295,8 @@ def _apply_kernel(
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Leverage of one block of tokens."""
-    index = tl.program_id(0)
-    head = tl.program_id(1)
+    index = tl.program_id(0) // NUM_KV_HEADS
+    head = tl.program_id(0) % NUM_KV_HEADS
     sequence, first_block = locate_block(index, cu_seqlens_ptr, num_seqs, unit, BLOCK)
     if sequence < num_seqs:
         first_token = tl.load(cu_seqlens_ptr + sequence)
@@ -288,10 +322,11 @@ def aot_signatures(
         pointers = {"k_ptr": f"*{dtype}", "phi_ptr": "*bf16", "out_ptr": "*fp32"}
         config = default_leverage_config(capability, dtypes[dtype], dim, terms == 1)
         shape = {"NUM_KV_HEADS": 8, "DIM": dim, "DIM_PADDED": dim, "COLUMNS": 48, "PADDED": 64, "BLOCK": _BLOCK}
+        shape |= {"SLICE": _SLICE, "MERGED": _MERGED}
         shape |= {"KEY_TERMS": _KEY_TERMS[dtypes[dtype]], "PHI_TERMS": terms}
         shape |= {"PROJECT": config.project, "ROWS": config.rows}
         kernels = (_leverage_kernel,) if config.fused_chunk else ()
-        for kernel in (*kernels, _moments_kernel, _factor_kernel, _apply_kernel):
+        for kernel in (*kernels, _moments_kernel, _merge_kernel, _factor_kernel, _apply_kernel):
             constants = {name: value for name, value in shape.items() if name in kernel.arg_names}
             names = [name for name in kernel.arg_names if name not in constants]
             signature = {name: pointers.get(name) or special.get(name) or "*fp32" for name in names}

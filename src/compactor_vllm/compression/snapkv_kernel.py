@@ -101,12 +101,12 @@ def window_scores(
     inputs = (q_THD, k_TKD, cu_seqlens_B1)
     numbers = (num_seqs, window, row_blocks, max(scale, 1e-30) * math.log2(math.e))
     options = {"num_warps": config.num_warps, "num_stages": 2}
-    _row_sums_kernel[(blocks, num_kv_heads)](*inputs, parts, *numbers, **shape, **options)
+    _row_sums_kernel[(blocks * num_kv_heads,)](*inputs, parts, *numbers, **shape, **options)
     _merge_kernel[(num_seqs, num_kv_heads, row_blocks)](
         cu_seqlens_B1, parts, normalizers, window, row_blocks,
         NUM_KV_HEADS=num_kv_heads, KEYS=config.keys, ROWS=config.rows, BLOCKS=_MERGE_BLOCKS, num_warps=4,
     )  # fmt: skip
-    _received_kernel[(blocks, num_kv_heads)](*inputs, normalizers, received_TK, *numbers, **shape, **options)
+    _received_kernel[(blocks * num_kv_heads,)](*inputs, normalizers, received_TK, *numbers, **shape, **options)
     padded_heads = triton.next_power_of_2(num_kv_heads)
     block = max(16, _POOL_TILE // padded_heads)
     _pool_kernel[(max_blocks(num_tokens, num_seqs, block),)](
@@ -177,8 +177,8 @@ def _row_sums_kernel(
     KEYS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Largest scaled logit and sum of exp2 of every row over one block of keys; (-inf, 0) where it sees none."""
-    index = tl.program_id(0)
-    head = tl.program_id(1)
+    index = tl.program_id(0) // NUM_KV_HEADS
+    head = tl.program_id(0) % NUM_KV_HEADS
     sequence, first_block = locate_block(index, cu_seqlens_ptr, num_seqs, 1 << 30, KEYS)
     if sequence < num_seqs:
         first_token = tl.load(cu_seqlens_ptr + sequence)
@@ -243,8 +243,8 @@ def _received_kernel(
     KEYS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Mean weight that each key of a block receives from all rows, for keys before the window."""
-    index = tl.program_id(0)
-    head = tl.program_id(1)
+    index = tl.program_id(0) // NUM_KV_HEADS
+    head = tl.program_id(0) % NUM_KV_HEADS
     sequence, first_block = locate_block(index, cu_seqlens_ptr, num_seqs, 1 << 30, KEYS)
     if sequence < num_seqs:
         first_token = tl.load(cu_seqlens_ptr + sequence)
