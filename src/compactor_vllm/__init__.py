@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         OutOfPagesError,
         RequestError,
         UnknownMethodError,
+        WorkerDiedError,
     )
     from compactor_vllm.kv_cache.page_table import PagedKVCache
     from compactor_vllm.models import MODEL_REGISTRY
@@ -57,6 +58,7 @@ _MODULES = {
         "OutOfPagesError",
         "RequestError",
         "UnknownMethodError",
+        "WorkerDiedError",
     ),
     "kv_cache.page_table": ("PagedKVCache",),
     "models": ("MODEL_REGISTRY",),
@@ -94,6 +96,7 @@ __all__ = [
     "SequenceStatus",
     "StreamChunk",
     "UnknownMethodError",
+    "WorkerDiedError",
     "__version__",
     "register",
 ]

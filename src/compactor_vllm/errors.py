@@ -10,7 +10,8 @@
     │   └── RequestError                      one input of a call; `.index` says which
     ├── MissingDependencyError (ImportError)  an optional package or device that the option needs
     ├── OutOfPagesError (RuntimeError)        the page pool cannot serve an operation; it took nothing
-    └── EngineClosedError (RuntimeError)      the engine was closed
+    ├── EngineClosedError (RuntimeError)      the engine was closed
+    └── WorkerDiedError (RuntimeError)        a process of a tensor-parallel engine has died; make a new engine
 """
 
 from __future__ import annotations
@@ -54,3 +55,7 @@ class OutOfPagesError(CompactorError, RuntimeError):
 
 class EngineClosedError(CompactorError, RuntimeError):
     """The engine was closed; make a new one."""
+
+
+class WorkerDiedError(CompactorError, RuntimeError):
+    """A process of a tensor-parallel engine has died or failed, and the engine with it; make a new one."""

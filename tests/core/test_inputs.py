@@ -95,7 +95,7 @@ def test_bad_parameters_say_what_would_be_right(make, message):
     [
         ({"max_model_len": 5000}, ValueError, r"max_model_len=5000 is more than the checkpoint's 4096"),
         ({"kv_cache_memory_bytes": 1000}, ValueError, r"raise kv_cache_memory_bytes"),
-        ({"tensor_parallel_size": 2}, MissingDependencyError, r"tensor_parallel_size"),
+        ({"tensor_parallel_size": 4}, ValueError, r"tensor_parallel_size=4 does not divide .*; possible: 1, 2, 6"),
         ({"attention_backend": "flash_attention"}, MissingDependencyError, r"needs an NVIDIA GPU"),
     ],
 )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from compactor_vllm.compression.checks import check_number
 from compactor_vllm.compression.compression_params import CompressionMethod
+from compactor_vllm.distributed.group import KVHeads
 
 __all__ = [
     "BaseCompressionMethod",
@@ -58,6 +59,8 @@ class ScoringContext:
     Attributes:
         layer_idx, num_layers: which layer.
         num_heads, num_kv_heads, head_dim: shapes; query head h belongs to KV head h // (num_heads // num_kv_heads).
+        heads: with tensor parallelism, which of the layer's KV heads these are, and the way to the others: statistics
+            over heads go through `heads.gather`. None: these are all.
         scale: factor of the attention logits (usually head_dim ** -0.5).
         spans: the sequences, in token order, without gaps.
         cu_seqlens: int32 [len(spans) + 1] on the tensors' device, the spans' borders.
@@ -83,6 +86,7 @@ class ScoringContext:
     sketch_size: int = 48
     rotate: Callable[[Tensor, Tensor], Tensor] | None = None
     kernels: Literal["triton", "torch"] = "torch"
+    heads: KVHeads | None = None
 
     def sketch(self, columns: int | None = None) -> Tensor:
         """The fixed Gaussian sketch [D, columns] in float32 (entries N(0, 1/columns)) on the tensors' device."""

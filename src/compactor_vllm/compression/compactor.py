@@ -93,7 +93,9 @@ class Compactor(BaseCompressionMethod):
         for span in context.spans:
             chunk = self.leverage_tokens(context)
             leverage_NK = leverage_scores(k_TKD[span.begin : span.end], phi_DS, chunk, self.ridge)
-            standard_NK = zscore(leverage_NK, self.leverage_zscore, chunk, self._counted(span, k_TKD.device))
+            standard_NK = zscore(
+                leverage_NK, self.leverage_zscore, chunk, self._counted(span, k_TKD.device), context.heads
+            )
             scores_TK[span.begin : span.end] = standard_NK * self._leverage_weight(span)
         return scores_TK
 
@@ -114,7 +116,7 @@ class Compactor(BaseCompressionMethod):
             part = slice(span.begin, span.end)
             attention_NK = self._attention(q_THD[part], k_TKD[part], v_TKD[part], context)
             counted_N = self._counted(span, k_TKD.device)
-            standard_NK = zscore(attention_NK, self.attention_zscore, self.attention_chunk, counted_N)
+            standard_NK = zscore(attention_NK, self.attention_zscore, self.attention_chunk, counted_N, context.heads)
             scores_TK[part].add_(standard_NK, alpha=self.attention_weight)
         return scores_TK
 

@@ -10,13 +10,14 @@ Shape suffixes: T tokens of the call, B sequences, H query heads, K KV heads, D 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from compactor_vllm.compression.chunk_attention_kernel import chunk_attention_scores
 from compactor_vllm.compression.leverage_kernel import MAX_COLUMNS, leverage_scores
+from compactor_vllm.compression.reference import standardize_shared
 from compactor_vllm.compression.zscore_kernel import standardize
 
 if TYPE_CHECKING:
@@ -48,9 +49,9 @@ def pre_rope_scores(method: Compactor, k_TKD: Tensor, context: ScoringContext) -
     phi_DS, borders_B1 = context.sketch(method.sketch_size), context.cu_seqlens
     leverage_TK = leverage_scores(k_TKD, phi_DS, borders_B1, chunk=chunk, ridge=method.ridge)
     weight = method.leverage_weight
-    return standardize(
+    return _standardize(
+        context,
         leverage_TK,
-        borders_B1,
         domain=method.leverage_zscore,
         chunk=chunk,
         counted_T=_counted(method, context),
@@ -89,9 +90,9 @@ def post_rope_scores(
         reduction=method.group_reduction,
         v_TKD=v_TKD if method.value_weighting else None,
     )
-    return standardize(
+    return _standardize(
+        context,
         received_TK,
-        context.cu_seqlens,
         domain=method.attention_zscore,
         chunk=method.attention_chunk,
         counted_T=_counted(method, context),
@@ -99,6 +100,13 @@ def post_rope_scores(
         base_TK=pre_rope_scores_TK,
         pool_width=method.pool,
     )
+
+
+def _standardize(context: ScoringContext, x_TK: Tensor, **options: Any) -> Tensor:
+    """`standardize` over the layer's heads, of which other ranks may hold some."""
+    if context.heads is None:
+        return standardize(x_TK, context.cu_seqlens, **options)
+    return standardize_shared(x_TK, context.spans, context.heads, **options)
 
 
 def _counted(method: Compactor, context: ScoringContext) -> Tensor | None:

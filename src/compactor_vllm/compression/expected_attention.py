@@ -81,7 +81,8 @@ class ExpectedAttention(BaseCompressionMethod):
             if self.value_weighting:
                 attention_NK *= torch.linalg.vector_norm(v_TKD[part], dim=-1, dtype=torch.float32)
             scores_TK[part] = attention_NK
-            scores_TK[span.begin : first] = attention_NK.amax()
+            best = attention_NK.amax()
+            scores_TK[span.begin : first] = best if context.heads is None else context.heads.gather(best[None]).amax()
         return scores_TK
 
     def _expected(

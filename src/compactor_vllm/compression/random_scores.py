@@ -41,7 +41,8 @@ class RandomScores(BaseCompressionMethod):
     ) -> Tensor:
         """float32 [T, K], multiples of 2^-24."""
         start = mix(mix(self.seed & _MASK) ^ (self.seed >> 32 & _MASK)) ^ context.layer_idx
-        heads_K = torch.arange(k_TKD.shape[1], dtype=torch.int64, device=k_TKD.device)
+        first = 0 if context.heads is None else context.heads.first
+        heads_K = torch.arange(first, first + k_TKD.shape[1], dtype=torch.int64, device=k_TKD.device)
         words_K = mix(heads_K ^ mix(start))
         words_TK = mix(context.positions_T[:, None] & _MASK ^ words_K)
         return (words_TK >> 8).float() * 2.0**-24

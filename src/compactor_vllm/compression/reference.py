@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from compactor_vllm.distributed.group import KVHeads
+
 if TYPE_CHECKING:
     from compactor_vllm.compression.common import SequenceSpan
 
@@ -178,8 +180,17 @@ def _pool(x_KL: Tensor, width: int, kind: str) -> Tensor:
     return F.avg_pool1d(x_KL[None], width, stride=1, padding=width // 2, count_include_pad=False)[0]
 
 
-def zscore(x_NK: Tensor, domain: str, chunk: int | None = None, counted_N: Tensor | None = None) -> Tensor:
+def zscore(
+    x_NK: Tensor,
+    domain: str,
+    chunk: int | None = None,
+    counted_N: Tensor | None = None,
+    heads: KVHeads | None = None,
+) -> Tensor:
     """(x - mean) / standard deviation, float32 [N, K], the statistics taken in float64.
+
+    Sums go over the tokens of a head and then over heads, both in an order that depends on their number alone, so that
+    ranks that share the heads get the very scores that one of them would.
 
     Args:
         x_NK: scores of one sequence.
@@ -188,6 +199,7 @@ def zscore(x_NK: Tensor, domain: str, chunk: int | None = None, counted_N: Tenso
         chunk: tokens of a chunk, for "chunk".
         counted_N: bool, the tokens that the statistics count (None: all; a domain of which none is counted: all of
             it); every token is transformed.
+        heads: which of the layer's heads these are; None: all.
 
     Standard deviations are of the population and at least `MIN_STD`, so that constant scores give 0.
     """
@@ -198,13 +210,57 @@ def zscore(x_NK: Tensor, domain: str, chunk: int | None = None, counted_N: Tenso
     for begin, count, size in chunk_runs(x_NK.shape[0], chunk if domain == "chunk" else None):
         end = begin + count * size
         x_MCK = x_NK[begin:end].double().view(count, size, num_kv_heads)
-        weight_MCK = torch.ones_like(x_MCK)
+        weight_MC1 = x_MCK.new_ones(count, size, 1)
         if counted_N is not None:
-            weight_MCK = weight_MCK * counted_N[begin:end].view(count, size, 1)
-        dims = (1,) if domain == "head" else (1, 2)
-        weight_MCK = torch.where(weight_MCK.sum(dims, keepdim=True) > 0, weight_MCK, 1.0)
-        total = weight_MCK.sum(dims, keepdim=True)
-        centred_MCK = x_MCK - (x_MCK * weight_MCK).sum(dims, keepdim=True) / total
-        std = ((centred_MCK.square() * weight_MCK).sum(dims, keepdim=True) / total).sqrt()
-        out_NK[begin:end] = (centred_MCK / std.clamp_min(MIN_STD)).view(end - begin, num_kv_heads)
+            weight_MC1 = counted_N[begin:end].view(count, size, 1).double()
+            weight_MC1 = torch.where(weight_MC1.sum(1, keepdim=True) > 0, weight_MC1, 1.0)
+        total_M1 = weight_MC1.sum(1)
+        if domain != "head":
+            total_M1 = total_M1 * (num_kv_heads if heads is None else heads.total)
+
+        def mean(values_MCK: Tensor, total_M1: Tensor = total_M1) -> Tensor:
+            sums_MK = ordered_sum(values_MCK, 1)
+            if domain != "head":
+                sums_MK = ordered_sum(sums_MK if heads is None else heads.gather(sums_MK), 1)[:, None]
+            return (sums_MK / total_M1)[:, None]
+
+        centred_MCK = x_MCK - mean(x_MCK * weight_MC1)
+        std_M1K = mean(centred_MCK.square() * weight_MC1).sqrt()
+        out_NK[begin:end] = (centred_MCK / std_M1K.clamp_min(MIN_STD)).view(end - begin, num_kv_heads)
     return out_NK
+
+
+def ordered_sum(x: Tensor, dim: int) -> Tensor:
+    """Sum along a dimension, always in the same order: halves are added to each other until one row is left.
+
+    Unlike `Tensor.sum` the result does not depend on other dimensions, strides, threads or the device.
+    """
+    while x.shape[dim] > 1:
+        half = -(-x.shape[dim] // 2)
+        rest = x.narrow(dim, half, x.shape[dim] - half)
+        x = x.narrow(dim, 0, half).clone()
+        x.narrow(dim, 0, rest.shape[dim]).add_(rest)
+    return x.squeeze(dim)
+
+
+def standardize_shared(
+    x_TK: Tensor,
+    spans: tuple[SequenceSpan, ...],
+    heads: KVHeads,
+    *,
+    domain: str,
+    chunk: int | None = None,
+    counted_T: Tensor | None = None,
+    weight: float | Tensor = 1.0,
+    base_TK: Tensor | None = None,
+    pool_width: int = 1,
+) -> Tensor:
+    """`zscore_kernel.standardize` for ranks that share the heads: base + weight · z(pool(x)), float32 [T, K]."""
+    out_TK = torch.zeros_like(x_TK) if base_TK is None else base_TK.clone()
+    for b, span in enumerate(spans):
+        part = slice(span.begin, span.end)
+        pooled_NK = pool_scores(x_TK[part].t(), pool_width, "avg").t()
+        counted_N = None if counted_T is None else counted_T[part]
+        standard_NK = zscore(pooled_NK, domain, chunk, counted_N, heads)
+        out_TK[part] += standard_NK * (weight[b] if isinstance(weight, Tensor) else weight)
+    return out_TK

@@ -66,10 +66,10 @@ class Context:
         self._engine, self._model, self._closed = engine, model, False
         self.token_ids, self.segments, self.methods = token_ids, segments, methods
         self.chat_suffix, self.chat_joint, self.pending_ids = chat_suffix, chat_joint, pending_ids
-        manager, heads = engine.manager, int(engine.manager.kv_heads_L.sum())
-        kept = sum(int(manager.lens(segment).sum()) for segment in segments)
+        manager, heads = engine.manager, engine.manager.num_heads
+        kept = manager.kept(segments)
         self.kept_tokens, self.kept_fraction = -(-kept // heads), kept / (heads * len(token_ids))
-        self.kv_bytes = sum(manager.pages_filled(segment) for segment in segments) * manager.page_bytes
+        self.kv_bytes = manager.bytes_held(segments)
         self.kv_bytes_full = manager.full_pages(len(token_ids)) * manager.page_bytes
         self.key = os.urandom(16)
         self._held = engine.scheduler.contexts.add(self, segments)

@@ -83,12 +83,24 @@ class DecodeStep:
 
     # ---- running a step ------------------------------------------------------------------------------------------
 
-    def run(self, requests: list[Request], sources: list[int]) -> DecodeOutput:
-        """Launches a step; see `ModelRunner.decode`."""
-        rows = len(requests)
+    @staticmethod
+    def inputs(requests: list[Request], sources: list[int]) -> np.ndarray:
+        """What a step of these requests reads, int32 [B, columns]; see `ModelRunner.decode`."""
+        inputs = np.full((len(requests), _FIELDS + MAX_SEGMENTS), -1, dtype=np.int32)
+        known = [-1 if source >= 0 else request.next_input for request, source in zip(requests, sources, strict=True)]
+        inputs[:, _TOKEN] = np.maximum(known, 0)
+        inputs[:, _POSITION] = [request.computed for request in requests]
+        inputs[:, _SOURCE] = sources
+        for row, request in zip(inputs, requests, strict=True):
+            slots = [segment.slot for segment in request.segments]
+            row[_SLOT], row[_FIELDS : _FIELDS + len(slots)] = slots[-1], slots
+        return inputs
+
+    def run(self, inputs_BX: np.ndarray) -> DecodeOutput:
+        """Launches a step, of what `inputs` has made."""
+        rows, several = len(inputs_BX), bool((inputs_BX[:, _FIELDS + 1] >= 0).any())
         size = next((bucket for bucket in self.buckets if bucket >= rows), None)
-        several = any(len(request.segments) > 1 for request in requests)
-        self._write_inputs(requests, sources, size or rows)
+        self._write_inputs(inputs_BX, size or rows)
         if size is None:
             return self._launch(rows, several)
         if (size, several) not in self._graphs:
@@ -102,21 +114,14 @@ class DecodeStep:
         self._inputs[:, _TOKEN], self._inputs[:, _POSITION], self._inputs[:, _SLOT:] = 0, 0, -1
         return self._launch(rows, several).logits_BV
 
-    def _write_inputs(self, requests: list[Request], sources: list[int], rows: int) -> None:
+    def _write_inputs(self, inputs_BX: np.ndarray, rows: int) -> None:
         self._host.reverse()
         self._copied.reverse()
         if self._copied:
             self._copied[0].synchronize()
         host = self._host[0].numpy()[:rows]
         host[:, _TOKEN], host[:, _POSITION], host[:, _SLOT:] = 0, 0, -1
-        count = len(requests)
-        known = [-1 if source >= 0 else request.next_input for request, source in zip(requests, sources, strict=True)]
-        host[:count, _TOKEN] = np.maximum(known, 0)
-        host[:count, _POSITION] = [request.computed for request in requests]
-        host[:count, _SOURCE] = sources
-        for row, request in zip(host, requests, strict=False):
-            slots = [segment.slot for segment in request.segments]
-            row[_SLOT], row[_FIELDS : _FIELDS + len(slots)] = slots[-1], slots
+        host[: len(inputs_BX)] = inputs_BX
         self._inputs[:rows].copy_(self._host[0][:rows], non_blocking=True)
         if self._copied:
             self._copied[0].record()

@@ -16,7 +16,7 @@ from compactor_vllm.core.prefill import PrefillJob
 from compactor_vllm.core.request import Request
 from compactor_vllm.core.scheduler import Scheduler, prune_budget
 from compactor_vllm.core.unit_sizes import INTERRUPTING_TOKENS, UnitSizes
-from compactor_vllm.errors import CompactorError, OutOfPagesError
+from compactor_vllm.errors import CompactorError, OutOfPagesError, WorkerDiedError
 from compactor_vllm.layers.sampler import SamplingBatch, sample, uniform
 from compactor_vllm.models.fingerprint import fingerprint
 from compactor_vllm.utils.sequence import FinishReason, SequenceStatus
@@ -100,8 +100,22 @@ class Engine:
 
         What was drawn, and how requests ended, is in each request's `chunks`.
         """
-        self._advance_prefill()
-        self._decode()
+        try:
+            with self.runner.whole_step():
+                self._advance_prefill()
+                self._decode()
+        except WorkerDiedError as error:
+            self._fail_all(error)
+            raise
+
+    def _fail_all(self, error: Exception) -> None:
+        """Ends everything, now that ranks are gone that had a part of it."""
+        self._drawn, self._jobs = None, []
+        for request in [*self.scheduler.queue, *self.scheduler.prefilling, *self.scheduler.running]:
+            for member in [request, *request.siblings]:
+                member.finish("error", f"{type(error).__name__}: {error}")
+                member.emit("", (), "error")
+        self.scheduler.forget_all()
 
     def _advance_prefill(self) -> None:
         """Runs units of a prefill, until it is done or running sequences have waited for long enough."""
@@ -110,7 +124,11 @@ class Engine:
         while self._jobs:
             job = self._jobs[-1]
             try:
-                done = next(job.progress, job) is job
+                if job.claim is not None and not self._claim(job):
+                    continue
+                done = self.runner.advance(job)
+            except WorkerDiedError:
+                raise
             except Exception as error:
                 self._prefill_failed(job, error)
                 return
@@ -127,7 +145,7 @@ class Engine:
 
     def _start_job(self) -> None:
         """Begins a prefill where there is none, or interrupts a long one by a short one."""
-        if len(self._jobs) > 1 or (self._jobs and self._owed > 0):
+        if len(self._jobs) > 1 or (self._jobs and (self._owed > 0 or self._jobs[0].short)):
             return
         limit = min(self._jobs[0].num_tokens // 4, INTERRUPTING_TOKENS) if self._jobs else None
         admitted = self.scheduler.admit(limit)
@@ -139,6 +157,32 @@ class Engine:
             self._refuse_first()
         if requests:
             self._jobs.append(self.runner.prefill(requests, self.sizes))
+
+    def _claim(self, job: PrefillJob) -> bool:
+        """Finds the pages that a layer of a prefill needs on each rank; False if another prefill must go on first.
+
+        Raises:
+            OutOfPagesError: nothing can make room.
+        """
+        claim = job.claim
+        assert claim is not None
+        while True:
+            try:
+                self.manager.claim(claim.segments, claim.layer, claim.counts_NBK)
+            except OutOfPagesError:
+                job.short = True
+                self._read_drawn()  # something may end
+                if self.scheduler.make_room():
+                    continue
+                if self.scheduler.running:
+                    self.scheduler.preempt(self.scheduler.running[-1])
+                    continue
+                if all(other.short for other in self._jobs):
+                    raise
+                self._jobs.insert(0, self._jobs.pop())  # parked at this layer
+                return False
+            job.claim, job.short = None, False
+            return True
 
     def _finish_job(self, job: PrefillJob) -> None:
         self._jobs.remove(job)
@@ -197,7 +241,7 @@ class Engine:
 
     def _cancel(self, job: PrefillJob) -> None:
         self._jobs.remove(job)
-        job.progress.close()
+        self.runner.drop(job)
         self.scheduler.cancel_prefill(job.requests)
 
     def _decode(self) -> None:
@@ -210,6 +254,8 @@ class Engine:
         sources = [-1 if not r.in_flight or before is None else before.rows[r] for r in running]
         try:
             output = self.runner.decode(running, sources)
+        except WorkerDiedError:
+            raise
         except Exception as error:
             logger.error("a decode step failed", exc_info=error)
             self._fail(running, error)
@@ -251,6 +297,8 @@ class Engine:
             )
             try:
                 self.runner.prune(request, prune_budget(request, length), protected)
+            except WorkerDiedError:
+                raise
             except Exception as error:
                 logger.error("pruning failed", exc_info=error)
                 self._fail([request], error)
@@ -342,8 +390,7 @@ class Engine:
         request.emit(text, (token,), reason)
 
     def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
-        pages = sum(self.manager.pages_filled(segment) for segment in request.segments)
-        request.sequence.kv_bytes = pages * self.manager.page_bytes
+        request.sequence.kv_bytes = self.manager.bytes_held(request.segments)
         request.sequence.kv_bytes_full = self.manager.full_pages(max(request.computed, 1)) * self.manager.page_bytes
         if reason in ("stop", "length") and not request.seals:
             self.scheduler.remember(request)
@@ -380,10 +427,8 @@ class Engine:
 
     def _report_cache(self, request: Request) -> None:
         """Writes down what the prompt's cache holds, as soon as it is prefilled."""
-        sequence, cache = request.sequence, self.runner.cache
-        slots = [segment.slot for segment in request.segments]
-        heads = int(self.manager.kv_heads_L.sum())
-        kept = int(cache.host_lens_LSK[:, slots].sum())
+        sequence, heads = request.sequence, self.manager.num_heads
+        kept = self.manager.kept(request.segments)
         sequence.kept_tokens = -(-kept // heads)
         sequence.kept_fraction = kept / (heads * len(sequence.prompt_token_ids))
 

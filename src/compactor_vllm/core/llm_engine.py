@@ -7,8 +7,6 @@ from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from compactor_vllm.compression.compression_params import BatchCompressionParams, SequenceCompressionParams
 from compactor_vllm.config import LLMConfig, SamplingParams
 from compactor_vllm.core.build import build_engine
@@ -254,12 +252,11 @@ class LLM:
 
     @property
     def free_pages(self) -> int:
-        """Pages of the pool that nobody uses; cached prefixes that wait for a next user count as free."""
+        """Pages of all ranks' pools that nobody uses; cached prefixes that wait for a next user count as free."""
         manager, scheduler = self._engine.manager, self._engine.scheduler
         scheduler.contexts.collect()
         idle = [segment for segment in scheduler.prefixes.segments if segment.refs == 1 and segment.parked is None]
-        pages = [manager.page_ids(segment) for segment in idle]
-        return manager.pages.num_free + (manager.pages.owned_by(np.concatenate(pages)) if pages else 0)
+        return sum(rank.pages.num_free for rank in manager.ranks) + manager.pages_freed_with(idle)
 
     def clear_prefix_cache(self) -> None:
         """Forgets all cached prefixes."""
@@ -267,14 +264,22 @@ class LLM:
 
     @property
     def num_pages(self) -> int:
-        """Pages of the pool."""
-        return self._engine.manager.pages.num_pages
+        """Pages of the pool, or of all ranks' pools."""
+        return sum(manager.pages.num_pages for manager in self._engine.manager.ranks)
+
+    @property
+    def page_imbalance(self) -> float:
+        """Pages in use on the fullest rank over their mean over the ranks; 1.0 with one rank, or if none is in use."""
+        used = [manager.pages.num_owned for manager in self._engine.manager.ranks]
+        return max(used) * len(used) / sum(used) if any(used) else 1.0
 
     def close(self) -> None:
         """Ends what runs and frees weights and cache. Calling it again does nothing."""
         if not self._closed:
             self._closed = True
             self._engine.abort_all()
+            if self._parts.team is not None:
+                self._parts.team.close()
             del self._engine, self._parts, self._factory
 
     def __enter__(self) -> LLM:

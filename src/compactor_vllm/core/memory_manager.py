@@ -5,7 +5,7 @@ Every operation is all or nothing, and vectorised over (layer, segment, KV head)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from compactor_vllm.kv_cache.page_table import ranges
 from compactor_vllm.kv_cache.segment import Segment, SegmentData
 from compactor_vllm.kv_cache.transfer import addresses, move_rows, pages_from_host, pages_to_host
 
+SHARE_MARGIN = 1.25
+"""Times its share that a rank reserves for a prompt, where several share the heads of a layer."""
+
 
 class KVCacheManager(SegmentLayout):
     """Owner of the page pool. See `PagedKVCache` for the memory, `Segment` for what is owned.
@@ -26,6 +29,7 @@ class KVCacheManager(SegmentLayout):
         num_pages, page_size, max_segments, dtype, device: see `PagedKVCache`.
         host_bytes: memory beside the pool that segments of preempted sequences and parked segments may take.
         parked_limit: the part of it that parked segments may take.
+        shares: with tensor parallelism, how many times the heads of this rank all heads of a layer are.
     """
 
     def __init__(
@@ -39,8 +43,9 @@ class KVCacheManager(SegmentLayout):
         device: torch.device,
         host_bytes: int = 0,
         parked_limit: int = 0,
+        shares: int = 1,
     ):
-        super().__init__(layers, num_pages, page_size, max_segments, dtype, device)
+        super().__init__(layers, num_pages, page_size, max_segments, dtype, device, shares)
         self.host_bytes, self.host_bytes_used = host_bytes, 0
         self.parked_limit, self.parked_bytes = parked_limit, 0
         self._host_page_bytes = self.page_bytes + 8 * page_size
@@ -48,14 +53,49 @@ class KVCacheManager(SegmentLayout):
     # ---- sizes -------------------------------------------------------------------------------------------------
 
     def prefill_pages(self, tokens: int, kept: int) -> np.ndarray:
-        """Most pages per layer, int64 [L], of `tokens` tokens of which `kept` per KV head on average stay."""
+        """Most pages per layer, int64 [L], of `tokens` tokens of which `kept` per KV head on average stay.
+
+        A rank that shares the heads of a layer with others may keep more than its share, or less: for it these are
+        the pages of its share times `SHARE_MARGIN`.
+        """
+        whole_L = self.kv_heads_L * -(-tokens // self.page_size)
         if kept >= tokens:
-            return self.kv_heads_L * -(-tokens // self.page_size)
-        return (kept * self.kv_heads_L) // self.page_size + self.kv_heads_L
+            return whole_L
+        if self.shares == 1:
+            return (kept * self.kv_heads_L) // self.page_size + self.kv_heads_L
+        share_L = np.ceil(SHARE_MARGIN * kept * self.kv_heads_L / self.page_size).astype(np.int64)
+        return np.minimum(share_L + self.kv_heads_L, whole_L)
 
     def full_pages(self, tokens: int) -> int:
         """Pages of all layers and heads when `tokens` tokens are kept whole."""
         return int(self.prefill_pages(tokens, tokens).sum())
+
+    def kept(self, segments: Iterable[Segment]) -> int:
+        """(Token, layer, KV head) triples that settled segments keep."""
+        return sum(int(self.lens(segment).sum()) for segment in segments)
+
+    def bytes_held(self, segments: Iterable[Segment]) -> int:
+        """Bytes of the pages that the tokens of settled segments lie in."""
+        return sum(self.pages_filled(segment) for segment in segments) * self.page_bytes
+
+    def pages_freed_with(self, segments: Sequence[Segment]) -> int:
+        """Pages that would be free if nothing owned these segments, which are settled and in the pool."""
+        return self.pages.owned_by(np.concatenate([self.page_ids(s) for s in segments])) if segments else 0
+
+    @property
+    def num_heads(self) -> int:
+        """KV heads of all layers."""
+        return int(self.kv_heads_L.sum())
+
+    @property
+    def ranks(self) -> list[KVCacheManager]:
+        """The pools of all ranks that share the heads."""
+        return [self]
+
+    def counts(self) -> tuple[int, ...]:
+        """Free pages, page-table entries and slots, and kept tokens: equal counts on two ranks that did the same."""
+        kept = int(self.cache.host_lens_LSK[:, list(self._segments)].sum())
+        return self.pages.num_free, self.runs.num_free, len(self._slots), kept
 
     # ---- prefill: reserve, then settle ---------------------------------------------------------------------------
 
@@ -75,7 +115,9 @@ class KVCacheManager(SegmentLayout):
         """
         growth = -(-growth_tokens // self.page_size) + 1 if growth_tokens else 0
         segment = into or Segment(slot=-1, num_tokens=num_tokens, table_begin=0, table_size=0, growth_pages=growth)
-        self._enter(segment, int((pages_L + self.kv_heads_L * growth).sum()))
+        # Where ranks share heads, all that a layer keeps may be this rank's.
+        most_L = np.minimum(self.shares * pages_L, self.kv_heads_L * -(-num_tokens // self.page_size))
+        self._enter(segment, int((np.maximum(pages_L, most_L) + self.kv_heads_L * growth).sum()))
         try:
             pages = self.pages.allocate(int(pages_L.sum()))
         except OutOfPagesError:
@@ -83,6 +125,39 @@ class KVCacheManager(SegmentLayout):
             raise
         segment.growth_pages, segment.reserved_LP = growth, np.split(pages, np.cumsum(pages_L)[:-1])
         return segment
+
+    def pages_missing(self, segments: Sequence[Segment], layer: int, counts_BK: np.ndarray) -> int:
+        """Pages that `claim` would take from the pool."""
+        pages_B = (-(-counts_BK // self.page_size)).sum(axis=1)
+        missing = 0
+        for segment, need in zip(segments, pages_B.tolist(), strict=True):
+            assert segment.reserved_LP is not None
+            missing += max(need - len(segment.reserved_LP[layer]), 0)
+        return missing
+
+    def claim(self, segments: Sequence[Segment], layer: int, counts_BK: np.ndarray) -> None:
+        """Fits what segments that are being filled have reserved for a layer to what its heads keep.
+
+        What is missing comes from the pool, and what is left goes to the next layer. Layers are claimed in order.
+
+        Args:
+            counts_BK: kept tokens of each segment's heads.
+
+        Raises:
+            OutOfPagesError: the pool cannot serve all of them; nothing was taken.
+        """
+        more = self.pages.allocate(self.pages_missing(segments, layer, counts_BK))
+        pages_B = (-(-counts_BK // self.page_size)).sum(axis=1)
+        for segment, need in zip(segments, pages_B.tolist(), strict=True):
+            reserved = segment.reserved_LP
+            assert reserved is not None
+            taken = max(need - len(reserved[layer]), 0)
+            mine, more = np.concatenate([reserved[layer], more[:taken]]), more[taken:]
+            reserved[layer], rest = mine[:need], mine[need:]
+            if layer + 1 < len(reserved):
+                reserved[layer + 1] = np.concatenate([rest, reserved[layer + 1]])
+            else:
+                self.pages.free(rest)
 
     def layer_runs(self, segment: Segment) -> np.ndarray:
         """Where each layer's entries begin in the page table, int64 [L], for a segment that is being filled."""
@@ -240,21 +315,24 @@ class KVCacheManager(SegmentLayout):
         """
         lens = [self.lens(segment) for segment in segments]
         merged = self.allocate(np.sum(lens, axis=0), sum(segment.num_tokens for segment in segments))
+        self._copy_tokens(segments, lens, merged)
+        return merged
+
+    def _copy_tokens(self, segments: Sequence[Segment], lens: list[np.ndarray], target: Segment) -> None:
         for layer in range(self.cache.num_layers):
             first_K = np.zeros_like(lens[0][layer])
             for segment, lens_LK in zip(segments, lens, strict=True):
                 source = addresses(self.cache, segment.slot, layer, lens_LK[layer])
-                target = addresses(self.cache, merged.slot, layer, lens_LK[layer], first_K)
-                move_rows(self.cache.layer(layer), source, target)
+                place = addresses(self.cache, target.slot, layer, lens_LK[layer], first_K)
+                move_rows(self.cache.layer(layer), source, place)
                 first_K = first_K + lens_LK[layer]
-        return merged
 
     # ---- host memory ---------------------------------------------------------------------------------------------
 
     def offload(self, segment: Segment) -> SegmentData | None:
         """Copies a private segment to host memory and frees it; None when the host budget is full."""
         assert not segment.sealed
-        if self.pages_filled(segment) * self._host_page_bytes > self.host_bytes - self.host_bytes_used:
+        if self.pages_filled(segment) > self.host_room():
             return None
         data = self.read_segment(segment)
         self.host_bytes_used += data.nbytes
@@ -293,10 +371,13 @@ class KVCacheManager(SegmentLayout):
         """Forgets an offloaded segment."""
         self.host_bytes_used -= data.nbytes
 
+    def host_room(self) -> int:
+        """Pages that host memory has room for."""
+        return max(self.host_bytes - self.host_bytes_used, 0) // self._host_page_bytes
+
     def parking_room(self) -> int:
         """Pages that may still be parked."""
-        room = min(self.parked_limit - self.parked_bytes, self.host_bytes - self.host_bytes_used)
-        return max(room, 0) // self._host_page_bytes
+        return min(max(self.parked_limit - self.parked_bytes, 0) // self._host_page_bytes, self.host_room())
 
     def park(self, segment: Segment) -> bool:
         """Moves a settled segment that nobody reads to host memory, owners and all; False where there is no room."""

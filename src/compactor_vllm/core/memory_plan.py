@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,6 +15,7 @@ from compactor_vllm.core.memory_manager import KVCacheManager
 from compactor_vllm.core.model_runner import ModelRunner
 from compactor_vllm.core.request import PrefillPart, Request
 from compactor_vllm.core.unit_sizes import INTERRUPTING_TOKENS, UnitSizes
+from compactor_vllm.distributed.group import Group
 from compactor_vllm.errors import ConfigError
 from compactor_vllm.kv_cache.layer_cache import LayerKV
 from compactor_vllm.kv_cache.page_table import page_bytes
@@ -64,6 +65,12 @@ class MemoryPlan:
     page_bytes: int
     num_pages: int
     host: int
+
+    def smallest(self, group: Group, device: torch.device) -> MemoryPlan:
+        """The plan that fits on every rank."""
+        least = group.all_reduce_(torch.tensor([self.num_pages, self.host], device=device), "min").tolist()
+        per_page = self.pages // self.num_pages
+        return replace(self, num_pages=least[0], pages=least[0] * per_page, host=least[1])
 
     def rows(self) -> list[tuple[str, str]]:
         mib = 2**20
@@ -123,12 +130,13 @@ def _measure_peaks(
 ) -> tuple[int, int]:
     page = config.kvcache_page_size
     manager = KVCacheManager(
-        layers=model.spec.layer_kv[:1],
-        num_pages=model.spec.layer_kv[0].kv_heads * (2 * len(lengths) + 3 * (_WARM_UP_TOKENS // page + 1)),
+        layers=model.layer_kv[:1],
+        num_pages=model.kv_heads.total * (2 * len(lengths) + 3 * (_WARM_UP_TOKENS // page + 1)),
         page_size=page,
         max_segments=len(lengths) + 3,
         dtype=dtype,
         device=device,
+        shares=model.kv_heads.total // model.kv_heads.count,
     )
     runner = ModelRunner(model, kernels, manager, config.leverage_sketch_size, config.max_num_seqs)
     # First one of every kind, so that kernels are compiled here and not while a request waits.
@@ -172,8 +180,11 @@ def _prefill(
         )
         for i, (length, keep) in enumerate(zip(lengths, keeps, strict=True))
     ]
-    for _ in runner.prefill(requests, sizes).progress:
-        pass
+    job = runner.prefill(requests, sizes)
+    while not runner.advance(job):
+        if job.claim is not None:
+            claim, job.claim = job.claim, None
+            manager.claim(claim.segments, claim.layer, claim.counts_NBK[runner.model.group.rank])
     for request in requests:
         assert request.private is not None
         manager.free(request.private)

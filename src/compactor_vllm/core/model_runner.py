@@ -5,13 +5,15 @@ Shape suffixes: B sequences, R logit rows, L layers, W window, H query heads, K 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from compactor_vllm.compression.common import DecodeScoringContext
-from compactor_vllm.compression.selection import protected_positions, select_ranks
+from compactor_vllm.compression.common import BaseCompressionMethod, DecodeScoringContext
+from compactor_vllm.compression.selection import all_pairs, protected_positions, select_ranks
 from compactor_vllm.core.decode_step import DecodeOutput, DecodeStep
 from compactor_vllm.core.memory_manager import KVCacheManager
 from compactor_vllm.core.prefill import PrefillJob
@@ -45,20 +47,33 @@ class ModelRunner:
             LayerInfo(
                 index=i,
                 num_layers=spec.num_layers,
-                num_heads=spec.num_heads,
+                num_heads=model.num_heads,
                 num_kv_heads=layer.kv_heads,
                 head_dim=layer.k_dim,
                 scale=spec.scale,
                 sketch_size=sketch_size,
                 rotate=model.rotary.rotate,
+                heads=None if model.group.size == 1 else model.kv_heads,
             )
             for i, layer in enumerate(self.cache.layers)
         ]
         self.step = DecodeStep(model, self.layers, kernels, self.cache, self.layer_infos, max_num_seqs)
 
     def prefill(self, requests: list[Request], sizes: UnitSizes) -> PrefillJob:
-        """A job for requests whose segments are reserved; run its `progress` to the end."""
+        """A job for requests whose segments are reserved; `advance` it until it is done."""
         return PrefillJob(self, requests, sizes)
+
+    def advance(self, job: PrefillJob) -> bool:
+        """Runs a unit of a prefill; whether it was the last one."""
+        return next(job.progress, job) is job
+
+    def whole_step(self) -> AbstractContextManager[None]:
+        """What a step runs in."""
+        return nullcontext()
+
+    def drop(self, job: PrefillJob) -> None:
+        """Ends a prefill that is not done."""
+        job.progress.close()
 
     @torch.inference_mode()
     def decode(self, requests: list[Request], sources: list[int]) -> DecodeOutput:
@@ -70,20 +85,34 @@ class ModelRunner:
             sources: for each request its row in the step before, if the token to cache was drawn there and only the
                 device knows it yet; else -1.
         """
-        output = self.step.run(requests, sources)
-        for row, request in enumerate(requests):
-            window = request.window_LWHD
-            if window is not None:
-                window[:, request.computed % window.shape[1]] = self.step.queries_LBHD[:, row]
-        self.manager.advance([request.private for request in requests if request.private is not None])
+        inputs = self.step.inputs(requests, sources)
+        windows = [(row, r.window_LWHD, r.computed) for row, r in enumerate(requests) if r.window_LWHD is not None]
+        segments = [request.private for request in requests if request.private is not None]
+        output = self.run_decode(inputs, segments, windows)
         for request in requests:
             request.computed += 1
+        return output
+
+    def run_decode(
+        self, inputs_BX: np.ndarray, segments: list[Segment], windows: list[tuple[int, Tensor, int]]
+    ) -> DecodeOutput:
+        """A step.
+
+        Args:
+            inputs_BX: see `DecodeStep.inputs`.
+            segments: the private ones, which grow.
+            windows: (row, window, position) of sequences whose queries are kept.
+        """
+        output = self.step.run(inputs_BX)
+        for row, window, position in windows:
+            window[:, position % window.shape[1]] = self.step.queries_LBHD[:, row]
+        self.manager.advance(segments)
         return output
 
     def new_window(self, size: int) -> Tensor:
         """Room for the last `size` queries of every layer: [L, W, H, D]."""
         spec = self.model.spec
-        shape = (spec.num_layers, size, spec.num_heads, spec.head_dim)
+        shape = (spec.num_layers, size, self.model.num_heads, spec.head_dim)
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     @torch.inference_mode()
@@ -97,8 +126,21 @@ class ModelRunner:
         """
         segment, window = request.private, request.window_LWHD
         assert segment is not None and window is not None
-        first = max(request.computed - window.shape[1], 0)
-        query_positions_W = torch.arange(first, request.computed, device=self.device)
+        self.prune_segment(segment, window, request.computed, request.method, budget, protected)
+        request.pruned_at = request.computed
+
+    def prune_segment(
+        self,
+        segment: Segment,
+        window_LWHD: Tensor,
+        computed: int,
+        method: BaseCompressionMethod,
+        budget: int,
+        protected: tuple[tuple[int, int], ...],
+    ) -> None:
+        """See `prune`; `computed` tokens are cached, and `window_LWHD` holds the queries of the last ones."""
+        window = window_LWHD
+        query_positions_W = torch.arange(max(computed - window.shape[1], 0), computed, device=self.device)
         for info in self.layer_infos:
             held = self._gather(info.index, segment)
             context = DecodeScoringContext(
@@ -110,10 +152,10 @@ class ModelRunner:
                 query_positions_W=query_positions_W,
             )
             q_WHD = window[info.index, query_positions_W % window.shape[1]]
-            scores_KL = request.method.decode_scoring(q_WHD, held.k_KLD, held.v_KLD, context)
+            q_WHD = q_WHD if info.heads is None else info.heads.replicate(q_WHD)
+            scores_KL = method.decode_scoring(q_WHD, held.k_KLD, held.v_KLD, context)
             self._compact(info.index, segment, held, scores_KL, budget, protected)
         self.manager.shrink([segment])
-        request.pruned_at = request.computed
 
     def apply_deferred(self, item: PrefillItem) -> None:
         """Drops what a deferred method does not keep, now that every layer has scores."""
@@ -125,12 +167,15 @@ class ModelRunner:
         protected_N = torch.zeros(len(part), dtype=torch.bool, device=self.device)
         for low, high in part.protected:
             protected_N[low:high] = True
-        masks = method.deferred_keep([layer.scores_KL.T for layer in held], part.kept, protected_N)
+        heads = self.layer_infos[0].heads
+        scores = [layer.scores_KL.T if heads is None else heads.gather(layer.scores_KL.T) for layer in held]
+        masks = method.deferred_keep(scores, part.kept, protected_N)
         for info, layer in zip(self.layer_infos, held, strict=True):
             if masks is None:
                 self._compact(info.index, item.segment, layer, layer.scores_KL, part.kept, protected)
                 continue
             keep_KN = (masks[info.index] | protected_N[:, None]).T
+            keep_KN = keep_KN if heads is None else keep_KN[heads.slice]
             rank = keep_KN.nonzero()[:, 1].to(torch.int32)
             self._move(info.index, item.segment, rank, keep_KN.sum(dim=1, dtype=torch.int32))
         self.manager.shrink([item.segment])
@@ -160,14 +205,13 @@ class ModelRunner:
         budget: int,
         protected: tuple[tuple[int, int], ...],
     ) -> None:
+        heads = self.layer_infos[layer].heads
         protected_KL = protected_positions(held.positions_KL, protected)
-        stored = int(self.cache.host_lens_LSK[layer, segment.slot].sum())
-        least = int(
-            (protected_KL & (torch.arange(held.positions_KL.shape[1], device=self.device) < held.lens_K[:, None])).sum()
-        )
-        pairs = min(stored, max(least, budget * len(held.lens_K)))
+        stored_KL = torch.arange(held.positions_KL.shape[1], device=self.device) < held.lens_K[:, None]
+        stored, least = all_pairs(stored_KL, heads), all_pairs(protected_KL & stored_KL, heads)
+        pairs = min(stored, max(least, budget * self.model.kv_heads.total))
         rank, counts_K = select_ranks(
-            scores_KL.to(torch.float32), held.lens_K, held.positions_KL, pairs, protected_KL=protected_KL
+            scores_KL.to(torch.float32), held.lens_K, held.positions_KL, pairs, protected_KL=protected_KL, heads=heads
         )
         self._move(layer, segment, rank, counts_K)
 

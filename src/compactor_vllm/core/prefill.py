@@ -14,24 +14,48 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from compactor_vllm.attention.prompt_attention import PromptAttention
-from compactor_vllm.core.prefill_batch import PrefillItem, build_batch
+from compactor_vllm.core.prefill_batch import PrefillItem, build_batch, reserved_pages
 from compactor_vllm.core.request import Request
 from compactor_vllm.core.unit_sizes import UnitSizes
-from compactor_vllm.layers.attention import LayerInfo, inputs_before_rope, score_and_store, score_before_rope
+from compactor_vllm.kv_cache.segment import Segment
+from compactor_vllm.layers.attention import (
+    Kept,
+    LayerInfo,
+    inputs_before_rope,
+    score_and_select,
+    score_before_rope,
+    store_kept,
+)
 from compactor_vllm.layers.rotary import Angles
 from compactor_vllm.layers.sampler import top_logprobs
 from compactor_vllm.models.common import DecoderLayer
-from compactor_vllm.utils.context import PrefillBatch
+from compactor_vllm.utils.context import LayerPages, PrefillBatch
 
 if TYPE_CHECKING:
     from compactor_vllm.core.model_runner import ModelRunner
 
 LOGIT_ROWS = 512
 """Prompt positions whose logits are in memory at once, where prompt log-probabilities are asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """Pages that a prefill needs before it can go on, where ranks share the heads.
+
+    Attributes:
+        layer: that is to be stored.
+        segments: what is filled.
+        counts_NBK: tokens that each rank's heads keep of it, for each segment.
+    """
+
+    layer: int
+    segments: list[Segment]
+    counts_NBK: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +96,8 @@ class PrefillJob:
         num_tokens: of all prompts.
         started: clock when it was made, seconds.
         progress: its units; `next` runs one.
+        claim: what must be claimed of the page pool, and set to None, before the next unit runs.
+        short: a rank had no pages for its claim, and has none yet.
         logits: request -> float32 [vocabulary] of its last prompt token, when the job is done.
         prompt_logprobs: request -> float32 log-probabilities rows, for requests that asked for them.
     """
@@ -82,6 +108,8 @@ class PrefillJob:
         self.num_tokens = sum(len(request.sequence.prompt_token_ids) for request in requests)
         self.started = time.perf_counter()
         self.progress = self.units()
+        self.claim: Claim | None = None
+        self.short = False
         self.logits: dict[Request, Tensor] = {}
         self.prompt_logprobs: dict[Request, list[dict[int, float] | None]] = {}
         self._last_row: dict[Request, Tensor] = {}
@@ -121,7 +149,12 @@ class PrefillJob:
             q_THD, k_TKD, v_TKD = heads.q_THD, heads.k_TKD, heads.v_TKD
             raw_THD = q_THD if heads.q_raw_THD is None else heads.q_raw_THD
             early = score_before_rope(raw_THD, heads.k_raw_TKD, v_TKD, batch, info, kernels)
-            score_and_store(q_THD, k_TKD, v_TKD, early, batch, cache, info, kernels)
+            kept = score_and_select(q_THD, k_TKD, v_TKD, early, batch, info, kernels)
+            pages = [group.pages_L[index] for group in batch.groups]
+            if info.heads is not None:
+                yield from self._wait_for_room(index, kept, batch, items)
+                pages = self._room(index, batch, items)
+            store_kept(k_TKD, v_TKD, kept, pages, batch, cache, kernels)
             self._keep_windows(index, q_THD, batch, items)
             yield
             for piece in range(len(attention)):
@@ -134,6 +167,27 @@ class PrefillJob:
                 layer.mlp_output(layer.attention_output(x_TE[rows], q_THD[rows]), kernels.pointwise)  # in place
                 yield
         self._read_out(x_TE, batch, items, whole)
+
+    def _wait_for_room(
+        self, layer: int, kept: list[Kept], batch: PrefillBatch, items: list[PrefillItem]
+    ) -> Iterator[None]:
+        """Where ranks share the heads: says how much each of them keeps, and lets rank 0 find the pages for it.
+
+        Selection bounds what all ranks keep together; one of them may keep more than its share.
+        """
+        chosen = [g for g, part in zip(batch.groups, kept, strict=True) if part.kept_idx is not None]
+        if not chosen:
+            return
+        counts_BK = torch.cat([part.counts_BK for part in kept if part.kept_idx is not None])
+        segments = [item.segment for group in chosen for item in items[group.first : group.last]]
+        counts_NBK = self.runner.model.group.all_gather(counts_BK).cpu().numpy()
+        self.claim = Claim(layer=layer, segments=segments, counts_NBK=counts_NBK)
+        yield
+        assert self.claim is None, "the pages of a layer must be claimed before the next unit"
+
+    def _room(self, layer: int, batch: PrefillBatch, items: list[PrefillItem]) -> list[LayerPages]:
+        segments = [[item.segment for item in items[group.first : group.last]] for group in batch.groups]
+        return [reserved_pages(members, self.runner.manager, slice(layer, layer + 1))[0] for members in segments]
 
     def _attention(self, batch: PrefillBatch) -> PromptAttention:
         runner = self.runner

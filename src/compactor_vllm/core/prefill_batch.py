@@ -14,9 +14,10 @@ from compactor_vllm.compression.allocation import selection_arguments
 from compactor_vllm.compression.common import SequenceSpan
 from compactor_vllm.core.request import PrefillPart, Request
 from compactor_vllm.kv_cache.segment import Segment
-from compactor_vllm.utils.context import MAX_SEGMENTS, PrefillBatch, StoreGroup
+from compactor_vllm.utils.context import MAX_SEGMENTS, LayerPages, PrefillBatch, StoreGroup
 
 if TYPE_CHECKING:
+    from compactor_vllm.core.memory_manager import KVCacheManager
     from compactor_vllm.core.model_runner import ModelRunner
 
 
@@ -95,8 +96,6 @@ def _build_group(items: list[PrefillItem], first: int, begin: int, runner: Model
             )
         )
         at += length
-    reserved, reserved_begin = _reserved_pages(items)
-    runs_LB = np.stack([manager.layer_runs(item.segment) for item in items], axis=1)
     return StoreGroup(
         method=items[0].part.method,
         first=first,
@@ -107,11 +106,9 @@ def _build_group(items: list[PrefillItem], first: int, begin: int, runner: Model
         spans=tuple(spans),
         slots_B=_int32([item.segment.slot for item in items]).to(device, non_blocking=True),
         growth_B=_int32([item.segment.growth_pages for item in items]).to(device, non_blocking=True),
-        run_begin_LB=torch.from_numpy(runs_LB).to(device, non_blocking=True),
-        reserved_begin_LB=torch.from_numpy(reserved_begin).to(device, non_blocking=True),
-        reserved_pages=torch.from_numpy(reserved).to(device, non_blocking=True),
+        pages_L=reserved_pages([item.segment for item in items], manager),
         keep_B=_int32(keep).to(device, non_blocking=True),
-        kept_pairs=sum(keep) * kv_heads,
+        kept_pairs=sum(keep) * runner.model.kv_heads.total,
         protected_T=torch.from_numpy(protected_T).to(device, non_blocking=True),
         counts_BK=_int32([[length] * kv_heads for length in lens]).to(device, non_blocking=True),
         compression_type=params.compression_type,
@@ -120,12 +117,19 @@ def _build_group(items: list[PrefillItem], first: int, begin: int, runner: Model
     )
 
 
-def _reserved_pages(items: list[PrefillItem]) -> tuple[np.ndarray, np.ndarray]:
-    """All reserved page ids, int32, and where each (layer, sequence) begins in them, int64 [L, B]."""
-    arrays = [pages for item in items for pages in item.segment.reserved_LP or ()]
+def reserved_pages(
+    segments: list[Segment], manager: KVCacheManager, layers: slice = slice(None)
+) -> tuple[LayerPages, ...]:
+    """For each of some layers the pages that segments have reserved; three copies to the device for all of them."""
+    arrays = [pages for segment in segments for pages in (segment.reserved_LP or [])[layers]]
     sizes = np.array([len(pages) for pages in arrays], dtype=np.int64)
-    begins = (np.cumsum(sizes) - sizes).reshape(len(items), -1)
-    return np.concatenate(arrays), np.ascontiguousarray(begins.T)
+    begin_LB = np.ascontiguousarray((np.cumsum(sizes) - sizes).reshape(len(segments), -1).T)
+    run_LB = np.stack([manager.layer_runs(segment)[layers] for segment in segments], axis=1)
+    pages, begin, run = (
+        torch.from_numpy(array).to(manager.cache.device, non_blocking=True)
+        for array in (np.concatenate(arrays), begin_LB, run_LB)
+    )
+    return tuple(LayerPages(run_begin_B=run[i], pages=pages, begin_B=begin[i]) for i in range(len(run)))
 
 
 def _borders(lens: Sequence[int]) -> torch.Tensor:

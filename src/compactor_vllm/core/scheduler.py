@@ -364,6 +364,10 @@ class Scheduler:
         request.shared, request.private = (kept, None) if keep_prompt else ([], None)
         request.computed = request.pruned_at = len(request.sequence.prompt_token_ids) if keep_prompt else 0
 
+    def forget_all(self) -> None:
+        """Takes everything out and frees nothing: the ranks that held the pages are gone."""
+        self.queue, self.prefilling, self.running = [], [], []
+
     # ---- the end -------------------------------------------------------------------------------------------------
 
     def remove(self, request: Request) -> None:

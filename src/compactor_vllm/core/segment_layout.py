@@ -27,6 +27,7 @@ class SegmentLayout:
 
     Args:
         layers, num_pages, page_size, max_segments, dtype, device: see `PagedKVCache`.
+        shares: see `KVCacheManager`.
     """
 
     def __init__(
@@ -37,9 +38,11 @@ class SegmentLayout:
         max_segments: int,
         dtype: torch.dtype,
         device: torch.device,
+        shares: int = 1,
     ):
+        self.shares = shares
         heads = sum(layer.kv_heads for layer in layers)
-        entries = _TABLE_ENTRIES_PER_PAGE * num_pages + 4 * heads * min(max_segments, num_pages)
+        entries = shares * _TABLE_ENTRIES_PER_PAGE * num_pages + 4 * heads * min(max_segments, num_pages)
         self.cache = PagedKVCache(
             layers=layers,
             num_pages=num_pages,

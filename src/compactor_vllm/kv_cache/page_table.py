@@ -15,6 +15,8 @@ arithmetic, without asking the device. Only `refresh_lens` reads lengths back, a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -125,6 +127,7 @@ class PagedKVCache:
         positions_PR: int32 original positions; scores_PR: float32 scores.
         page_table: int32 [table_entries].
         head_begin_LSK, seg_lens_LSK: int32; where a head's page ids begin, and how many tokens it keeps.
+        read_lens: from slots to kept lengths [L, slots, K] on the host; ranks that share heads replace it.
         host_table, host_begin_LSK, host_lens_LSK, host_granted_LSK: NumPy mirrors; `granted` counts the pages
             that a head owns.
     """
@@ -155,6 +158,7 @@ class PagedKVCache:
         self.host_begin_LSK = np.zeros(shape, dtype=np.int64)
         self.host_lens_LSK = np.zeros(shape, dtype=np.int64)
         self.host_granted_LSK = np.zeros(shape, dtype=np.int64)
+        self.read_lens: Callable[[list[int]], np.ndarray] = lambda slots: self.device_lens(slots).cpu().numpy()
         self._views = [self._layer_view(i) for i in range(self.num_layers)]
 
     def layer(self, index: int) -> LayerCache:
@@ -180,8 +184,11 @@ class PagedKVCache:
 
     def refresh_lens(self, slots: list[int]) -> None:
         """Reads the kept lengths of segments from the device into the mirror."""
-        index = torch.tensor(slots, dtype=torch.int64, device=self.device)
-        self.host_lens_LSK[:, slots] = self.seg_lens_LSK.index_select(1, index).cpu().numpy()
+        self.host_lens_LSK[:, slots] = self.read_lens(slots)
+
+    def device_lens(self, slots: list[int]) -> torch.Tensor:
+        """Kept lengths of segments, int32 [L, slots, K], on the device."""
+        return self.seg_lens_LSK.index_select(1, torch.tensor(slots, dtype=torch.int64, device=self.device))
 
     def write_table(self, entries: np.ndarray, pages: np.ndarray) -> None:
         """Writes page ids at page-table entries, in the mirror and on the device."""

@@ -2,7 +2,7 @@
 
 A prefill layer is: scores before RoPE, scores after RoPE -> select -> store what is kept -> attention. Attention reads
 the layer's activations, never the pages that are being filled, so that nothing is approximated and only kept tokens
-ever enter pages.
+ever enter pages. Ranks that share the heads of a layer score their own ones and select together.
 
 Shape suffixes: T tokens, B sequences, H query heads, K KV heads, D head dimension.
 """
@@ -11,15 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from compactor_vllm.compression.common import BaseCompressionMethod, ScoringContext
+from compactor_vllm.compression.selection import select_tokens
+from compactor_vllm.distributed.group import KVHeads
 from compactor_vllm.errors import CompactorError
 from compactor_vllm.kv_cache.layer_cache import LayerCache
 from compactor_vllm.layers.kernels import Kernels
-from compactor_vllm.utils.context import PrefillBatch, StoreGroup
+from compactor_vllm.utils.context import LayerPages, PrefillBatch, StoreGroup
 
 
 class ScoringError(CompactorError, RuntimeError):
@@ -28,7 +31,7 @@ class ScoringError(CompactorError, RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerInfo:
-    """Constants of a layer that scoring needs; see `ScoringContext`."""
+    """Constants of a layer that scoring needs; see `ScoringContext`. Numbers of heads are those of this rank."""
 
     index: int
     num_layers: int
@@ -38,13 +41,29 @@ class LayerInfo:
     scale: float
     sketch_size: int
     rotate: Callable[[Tensor, Tensor], Tensor]
+    heads: KVHeads | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What a group of sequences keeps of a layer.
+
+    Attributes:
+        scores_TK: float32, the method's scores; None where everything stays.
+        kept_idx: int32, kept tokens of the group by (sequence, head); None: all.
+        counts_BK: int32, kept tokens of each head.
+    """
+
+    scores_TK: Tensor | None
+    kept_idx: Tensor | None
+    counts_BK: Tensor
 
 
 def scoring_context(info: LayerInfo, group: StoreGroup, batch: PrefillBatch, kernels: Kernels) -> ScoringContext:
     return ScoringContext(
         layer_idx=info.index,
         num_layers=info.num_layers,
-        num_heads=info.num_heads,
+        num_heads=info.num_heads * (1 if info.heads is None else info.heads.replicas),
         num_kv_heads=info.num_kv_heads,
         head_dim=info.head_dim,
         scale=info.scale,
@@ -56,6 +75,7 @@ def scoring_context(info: LayerInfo, group: StoreGroup, batch: PrefillBatch, ker
         sketch_size=info.sketch_size,
         rotate=info.rotate,
         kernels=kernels.scoring,
+        heads=info.heads,
     )
 
 
@@ -81,21 +101,21 @@ def score_before_rope(
             scores.append(None)
         else:
             context = scoring_context(info, group, batch, kernels)
-            scores.append(group.method.pre_rope_scoring(q_THD[rows], k_TKD[rows], v_TKD[rows], context))
+            q = q_THD[rows] if info.heads is None else info.heads.replicate(q_THD[rows])
+            scores.append(group.method.pre_rope_scoring(q, k_TKD[rows], v_TKD[rows], context))
     return scores
 
 
-def score_and_store(
+def score_and_select(
     q_THD: Tensor,
     k_TKD: Tensor,
     v_TKD: Tensor,
     early: list[Tensor | None],
     batch: PrefillBatch,
-    cache: LayerCache,
     info: LayerInfo,
     kernels: Kernels,
-) -> None:
-    """Scores after RoPE, selection, and the store of what is kept, group by group.
+) -> list[Kept]:
+    """Scores after RoPE and selection: what each group keeps.
 
     Args:
         early: result of `score_before_rope`.
@@ -103,67 +123,78 @@ def score_and_store(
     Raises:
         ScoringError: a method gave no usable scores.
     """
+    kept = []
     for group, scores_TK in zip(batch.groups, early, strict=True):
         rows = slice(group.begin, group.end)
-        q, k, v = q_THD[rows], k_TKD[rows], v_TKD[rows]
         if group.method is not None:
+            q, k, v = q_THD[rows], k_TKD[rows], v_TKD[rows]
+            q = q if info.heads is None else info.heads.replicate(q)
             context = scoring_context(info, group, batch, kernels)
-            scores_TK = _checked_scores(group.method.post_rope_scoring(q, k, v, scores_TK, context), k, group)
-        _store_group(k, v, scores_TK, group, batch, cache, info.index, kernels)
+            scores_TK = _checked_scores(group.method.post_rope_scoring(q, k, v, scores_TK, context), k, group, info)
+        kept.append(_select(scores_TK, group, info, kernels))
+    return kept
 
 
-def _store_group(
+def _select(scores_TK: Tensor | None, group: StoreGroup, info: LayerInfo, kernels: Kernels) -> Kept:
+    if group.stores_everything:
+        return Kept(scores_TK=scores_TK, kept_idx=None, counts_BK=group.counts_BK)
+    select = kernels.select_tokens if info.heads is None else partial(select_tokens, heads=info.heads)
+    arguments = (scores_TK, group.cu_seqlens, group.keep_B, group.protected_T, group.kept_pairs)
+    kept_idx, counts_BK = select(*arguments, **group.selection)
+    return Kept(scores_TK=scores_TK, kept_idx=kept_idx, counts_BK=counts_BK)
+
+
+def store_kept(
     k_TKD: Tensor,
     v_TKD: Tensor,
-    scores_TK: Tensor | None,
-    group: StoreGroup,
+    kept: list[Kept],
+    pages: list[LayerPages],
     batch: PrefillBatch,
     cache: LayerCache,
-    layer: int,
     kernels: Kernels,
 ) -> None:
-    """Selects what the group's sequences keep of this layer and stores it in their pages.
+    """Stores what each group keeps of a layer in its pages.
 
     Args:
-        k_TKD, v_TKD: keys after RoPE and values of the group's tokens.
-        scores_TK: float32, the method's scores; None where everything stays.
+        k_TKD, v_TKD: keys after RoPE, and values.
+        kept, pages: of each group.
     """
-    positions_T = batch.positions_T[group.begin : group.end]
-    if group.stores_everything:
-        kept_idx, counts_BK = None, group.counts_BK
-    else:
-        kept_idx, counts_BK = kernels.select_tokens(
-            scores_TK,
-            group.cu_seqlens,
-            group.keep_B,
-            group.protected_T,
-            group.kept_pairs,
-            **group.selection,
+    for group, part, room in zip(batch.groups, kept, pages, strict=True):
+        rows = slice(group.begin, group.end)
+        k, v, positions_T = k_TKD[rows], v_TKD[rows], batch.positions_T[rows]
+        kernels.assign_pages(
+            cache, part.counts_BK, group.slots_B, room.run_begin_B, group.growth_B, room.pages, room.begin_B
         )
-    kernels.assign_pages(
-        cache,
-        counts_BK,
-        group.slots_B,
-        group.run_begin_LB[layer],
-        group.growth_B,
-        group.reserved_pages,
-        group.reserved_begin_LB[layer],
-    )
-    if kept_idx is None:
-        kernels.store_all(cache, k_TKD, v_TKD, positions_T, scores_TK, group.cu_seqlens, group.slots_B)
-    else:
-        kernels.store_selected(cache, k_TKD, v_TKD, positions_T, scores_TK, kept_idx, counts_BK, group.slots_B)
+        if part.kept_idx is None:
+            kernels.store_all(cache, k, v, positions_T, part.scores_TK, group.cu_seqlens, group.slots_B)
+        else:
+            kernels.store_selected(
+                cache, k, v, positions_T, part.scores_TK, part.kept_idx, part.counts_BK, group.slots_B
+            )
 
 
-def _checked_scores(scores_TK: Tensor | None, k_TKD: Tensor, group: StoreGroup) -> Tensor:
+def _checked_scores(scores_TK: Tensor | None, k_TKD: Tensor, group: StoreGroup, info: LayerInfo) -> Tensor:
+    """The scores as selection takes them; where ranks share the heads, all of them raise if one must."""
+    problem = _problem(scores_TK, k_TKD, group)
+    if info.heads is not None:
+        here = torch.tensor([float(problem is not None)], device=k_TKD.device)
+        if info.heads.group.all_reduce_(here, "max").item() and problem is None:
+            problem = "another rank's scores cannot be used"
+    if problem is not None:
+        raise ScoringError(problem)
+    assert scores_TK is not None
+    return scores_TK.to(torch.float32).contiguous()
+
+
+def _problem(scores_TK: Tensor | None, k_TKD: Tensor, group: StoreGroup) -> str | None:
+    """Why scores cannot be used."""
     name = type(group.method).__name__
     if scores_TK is None:
-        raise ScoringError(f"{name} returned no scores, and the sequence may not be kept whole")
+        return f"{name} returned no scores, and the sequence may not be kept whole"
     if scores_TK.shape != k_TKD.shape[:2]:
-        raise ScoringError(
+        return (
             f"{name} returned scores of shape {tuple(scores_TK.shape)}; [tokens, KV heads] = {tuple(k_TKD.shape[:2])}"
         )
-    scores_TK = scores_TK.to(torch.float32)
     if scores_TK.device.type == "cpu" and bool(scores_TK.isnan().any()):
-        raise ScoringError(f"{name} returned NaN scores")
-    return scores_TK.contiguous()
+        return f"{name} returned NaN scores"
+    return None

@@ -1,6 +1,6 @@
-"""Linear layers, which know how the tensors of a checkpoint fill their weights.
+"""Linear layers, which know how the tensors of a checkpoint fill their weights, and which part of them a rank holds.
 
-Shape suffixes: T tokens, I input features, O output features.
+Shape suffixes: T tokens, I input features, O output features; with several ranks those of this one.
 """
 
 from __future__ import annotations
@@ -12,17 +12,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compactor_vllm.distributed.group import SINGLE, Group, Span
+
 
 class WeightSlot(NamedTuple):
-    """A place that one tensor of a checkpoint fills.
+    """A place that one tensor of a checkpoint fills, or a slice of it.
 
     Attributes:
         name: the tensor's name in the checkpoint.
-        target: a view of the parameter (or the whole of it), of the tensor's shape.
+        target: a view of the parameter (or the whole of it), of the slice's shape.
+        dim, span: the slice: rows `span` of dimension `dim`; None where the target takes the whole tensor.
     """
 
     name: str
     target: Tensor
+    dim: int = 0
+    span: Span | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
+        sizes = list(self.target.shape)
+        if self.span is not None:
+            sizes[self.dim] = self.span.total
+        return tuple(sizes)
 
 
 class WeightLayer(nn.Module):
@@ -44,7 +57,7 @@ def empty_parameter(*shape: int) -> nn.Parameter:
 
 
 class Linear(WeightLayer):
-    """y = x W^T + b."""
+    """y = x W^T + b, the same on every rank."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False):
         super().__init__()
@@ -62,22 +75,47 @@ class Linear(WeightLayer):
 
 
 class MergedLinear(Linear):
-    """Several linear layers of one input, computed by one GEMM.
+    """Several linear layers of one input, computed by one GEMM; a rank computes some of the outputs of each.
 
     Args:
         in_features: size of the input.
         parts: output size of each layer by its name in the checkpoint, beside this module's own place:
-            at "self_attn.qkv_proj" the part "q_proj" is filled by "self_attn.q_proj.weight".
+            at "self_attn.qkv_proj" the part "q_proj" is filled by "self_attn.q_proj.weight". A `Span` where this
+            rank has some of the outputs only.
     """
 
-    def __init__(self, in_features: int, parts: Mapping[str, int], *, bias: bool = False):
-        super().__init__(in_features, sum(parts.values()), bias=bias)
-        self.parts = dict(parts)
+    def __init__(self, in_features: int, parts: Mapping[str, int | Span], *, bias: bool = False):
+        self.parts = {name: Span(0, part, part) if isinstance(part, int) else part for name, part in parts.items()}
+        super().__init__(in_features, sum(span.size for span in self.parts.values()), bias=bias)
 
     def weight_slots(self, path: str) -> Iterator[WeightSlot]:
         parent = path.rpartition(".")[0]
         begin = 0
-        for part, size in self.parts.items():
+        for part, span in self.parts.items():
             for name, parameter in self.named_parameters(recurse=False):
-                yield WeightSlot(f"{parent}.{part}.{name}", parameter.data[begin : begin + size])
-            begin += size
+                yield WeightSlot(f"{parent}.{part}.{name}", parameter.data[begin : begin + span.size], 0, span)
+            begin += span.size
+
+
+class RowLinear(Linear):
+    """y = x W^T + b where every rank has some of the input features: products are summed over the ranks.
+
+    Args:
+        span: of the input features.
+        group: the ranks.
+    """
+
+    def __init__(self, span: Span, out_features: int, *, bias: bool = False, group: Group = SINGLE):
+        super().__init__(span.size, out_features, bias=bias)
+        self.span, self.group = span, group
+
+    def weight_slots(self, path: str) -> Iterator[WeightSlot]:
+        yield WeightSlot(f"{path}.weight", self.weight.data, 1, self.span)
+        if self.bias is not None:
+            yield WeightSlot(f"{path}.bias", self.bias.data)
+
+    def add_to_(self, out_TO: Tensor, x_TI: Tensor) -> Tensor:
+        if self.group.size == 1:
+            return super().add_to_(out_TO, x_TI)
+        out_TO.add_(self.group.all_reduce_(F.linear(x_TI, self.weight)))
+        return out_TO if self.bias is None else out_TO.add_(self.bias)

@@ -8,18 +8,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from compactor_vllm.layers.linear import Linear, MergedLinear
+from compactor_vllm.distributed.group import SINGLE, Group
+from compactor_vllm.layers.linear import MergedLinear, RowLinear
 from compactor_vllm.layers.pointwise import TORCH, Pointwise
 
 
 class GatedMLP(nn.Module):
-    """Gate and up projections are one GEMM; the activation is in place."""
+    """Gate and up projections are one GEMM; the activation is in place. Ranks share the intermediate features."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, *, bias: bool = False):
+    def __init__(self, hidden_size: int, intermediate_size: int, *, bias: bool = False, group: Group = SINGLE):
         super().__init__()
-        parts = {"gate_proj": intermediate_size, "up_proj": intermediate_size}
-        self.gate_up_proj = MergedLinear(hidden_size, parts, bias=bias)
-        self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
+        span = group.span(intermediate_size)
+        self.gate_up_proj = MergedLinear(hidden_size, {"gate_proj": span, "up_proj": span}, bias=bias)
+        self.down_proj = RowLinear(span, hidden_size, bias=bias, group=group)
 
     def waits_for_host(self, dtype: torch.dtype) -> bool:
         """Whether its launches depend on values of the device, so that no CUDA graph can hold them."""

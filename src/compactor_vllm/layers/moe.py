@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compactor_vllm.distributed.group import SINGLE, Group
 from compactor_vllm.layers.linear import Linear, WeightLayer, WeightSlot, empty_parameter
 from compactor_vllm.layers.pointwise import TORCH, Pointwise
 
@@ -50,23 +51,28 @@ def looped_gemm(x_NI: Tensor, weight_XOI: Tensor, counts_X: Tensor) -> Tensor:
 
 
 class Experts(WeightLayer):
-    """The stacked weights of all experts, filled from one tensor per expert and projection."""
+    """The stacked weights of all experts, filled from one tensor per expert and projection.
 
-    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int):
+    Every rank has some of the intermediate features of each expert, so that ranks have equal work whatever is routed
+    where.
+    """
+
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, group: Group = SINGLE):
         super().__init__()
-        self.gate_up = empty_parameter(num_experts, 2 * intermediate_size, hidden_size)
-        self.down = empty_parameter(num_experts, hidden_size, intermediate_size)
+        self.span = group.span(intermediate_size)
+        self.gate_up = empty_parameter(num_experts, 2 * self.span.size, hidden_size)
+        self.down = empty_parameter(num_experts, hidden_size, self.span.size)
 
     def weight_slots(self, path: str) -> Iterator[WeightSlot]:
-        size = self.down.shape[2]
+        size = self.span.size
         for expert in range(self.down.shape[0]):
             gate_up, down = self.gate_up.data[expert], self.down.data[expert]
-            yield WeightSlot(f"{path}.{expert}.gate_proj.weight", gate_up[:size])
-            yield WeightSlot(f"{path}.{expert}.up_proj.weight", gate_up[size:])
-            yield WeightSlot(f"{path}.{expert}.down_proj.weight", down)
+            yield WeightSlot(f"{path}.{expert}.gate_proj.weight", gate_up[:size], 0, self.span)
+            yield WeightSlot(f"{path}.{expert}.up_proj.weight", gate_up[size:], 0, self.span)
+            yield WeightSlot(f"{path}.{expert}.down_proj.weight", down, 1, self.span)
 
     def forward(self, x_NE: Tensor, counts_X: Tensor, ops: Pointwise = TORCH) -> Tensor:
-        """Expert outputs of rows that are sorted by expert."""
+        """Expert outputs of rows that are sorted by expert; with several ranks this one's part of their sum."""
         hidden_NI = ops.silu_and_mul(expert_gemm(x_NE, self.gate_up, counts_X))
         return expert_gemm(hidden_NI, self.down, counts_X)
 
@@ -78,10 +84,20 @@ class SparseMoE(nn.Module):
     experts' outputs, scaled to sum to one where `norm_topk_prob` is set.
     """
 
-    def __init__(self, hidden_size: int, intermediate_size: int, num_experts: int, top_k: int, *, norm_topk_prob: bool):
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        norm_topk_prob: bool,
+        group: Group = SINGLE,
+    ):
         super().__init__()
+        self.group = group
         self.gate = Linear(hidden_size, num_experts)
-        self.experts = Experts(num_experts, hidden_size, intermediate_size)
+        self.experts = Experts(num_experts, hidden_size, intermediate_size, group)
         self.num_experts = num_experts
         self.top_k = top_k
         self.norm_topk_prob = norm_topk_prob
@@ -105,7 +121,7 @@ class SparseMoE(nn.Module):
         out_NE = torch.empty_like(sorted_NE)
         out_NE[order_N] = sorted_NE
         out_TCE = out_NE.view(*experts_TC.shape, -1)
-        return torch.einsum("tce,tc->te", out_TCE, weights_TC)
+        return self.group.all_reduce_(torch.einsum("tce,tc->te", out_TCE, weights_TC))
 
     def waits_for_host(self, dtype: torch.dtype) -> bool:
         """As in `GatedMLP`: only the grouped product needs no counts on the host."""

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from compactor_vllm.distributed.group import SINGLE, Group, KVHeads, Span
 from compactor_vllm.kv_cache.layer_cache import LayerKV
 from compactor_vllm.layers.embed_head import VocabEmbedding
 from compactor_vllm.layers.layernorm import RMSNorm
-from compactor_vllm.layers.linear import Linear, MergedLinear, WeightLayer, WeightSlot
+from compactor_vllm.layers.linear import MergedLinear, RowLinear, WeightLayer, WeightSlot
 from compactor_vllm.layers.mlp import GatedMLP
 from compactor_vllm.layers.moe import SparseMoE
 from compactor_vllm.layers.pointwise import TORCH, Pointwise
@@ -27,15 +28,20 @@ if TYPE_CHECKING:
 
 
 class Attention(nn.Module):
-    """Projections around the attention kernel, which the runner calls between `qkv_proj` and `o_proj`."""
+    """Projections around the attention kernel, which the runner calls between `qkv_proj` and `o_proj`.
 
-    def __init__(self, spec: ModelSpec):
+    Every rank has some of the query heads, and the KV heads that these belong to.
+    """
+
+    def __init__(self, spec: ModelSpec, group: Group):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
-        q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+        dim, kv = spec.head_dim, KVHeads.split(spec.num_kv_heads, group)
+        self.group = group
+        q_span = group.span(spec.num_heads * dim, unit=dim)
+        kv_span = Span(kv.first * dim, (kv.first + kv.count) * dim, kv.total * dim)
+        parts = {"q_proj": q_span, "k_proj": kv_span, "v_proj": kv_span}
         self.qkv_proj = MergedLinear(spec.hidden_size, parts, bias=spec.qkv_bias)
-        self.o_proj = Linear(q_size, spec.hidden_size, bias=spec.o_bias)
+        self.o_proj = RowLinear(q_span, spec.hidden_size, bias=spec.o_bias, group=group)
         self.q_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps) if spec.qk_norm else None
         self.k_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps) if spec.qk_norm else None
 
@@ -55,13 +61,14 @@ class DecoderLayer(nn.Module):
         kv: what the layer keeps in the KV cache.
     """
 
-    def __init__(self, spec: ModelSpec, mlp: GatedMLP | SparseMoE):
+    def __init__(self, spec: ModelSpec, mlp: GatedMLP | SparseMoE, group: Group = SINGLE):
         super().__init__()
         self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.self_attn = Attention(spec)
+        self.self_attn = Attention(spec, group)
         self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
         self.mlp = mlp
-        self.kv = LayerKV(kv_heads=spec.num_kv_heads, k_dim=spec.head_dim, v_dim=spec.head_dim)
+        kv_heads = KVHeads.split(spec.num_kv_heads, group).count
+        self.kv = LayerKV(kv_heads=kv_heads, k_dim=spec.head_dim, v_dim=spec.head_dim)
 
     def qkv(self, x_TE: Tensor, ops: Pointwise = TORCH) -> Tensor:
         """Normalised, projected and biased: [T, (H + 2 K) D], what `split_qkv` takes."""
@@ -79,19 +86,25 @@ class DecoderLayer(nn.Module):
 class CausalLM(nn.Module, ABC):
     """A decoder-only language model; a family says how its spec is read and what its layers are.
 
+    With several ranks this is the part of one of them. All have the same residual stream and the same logits.
+
     Attributes:
         spec: the model's shapes and constants.
+        group: the ranks.
+        kv_heads: which KV heads of every layer this rank holds.
+        num_heads: query heads of every layer that this rank holds.
         layers: `DecoderLayer`s in order.
         rotary: the rotary embedding of all layers.
     """
 
-    def __init__(self, spec: ModelSpec):
+    def __init__(self, spec: ModelSpec, group: Group = SINGLE):
         super().__init__()
-        self.spec = spec
-        self.embed_tokens = VocabEmbedding(spec.vocab_size, spec.hidden_size)
+        self.spec, self.group = spec, group
+        self.kv_heads, self.num_heads = KVHeads.split(spec.num_kv_heads, group), spec.num_heads // group.size
+        self.embed_tokens = VocabEmbedding(spec.vocab_size, spec.hidden_size, group)
         self.layers = nn.ModuleList(self.make_layer(spec, index) for index in range(spec.num_layers))
         self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.lm_head = None if spec.tie_word_embeddings else VocabEmbedding(spec.vocab_size, spec.hidden_size)
+        self.lm_head = None if spec.tie_word_embeddings else VocabEmbedding(spec.vocab_size, spec.hidden_size, group)
         self.rotary = RotaryEmbedding(spec.rope)
 
     @classmethod
@@ -105,7 +118,13 @@ class CausalLM(nn.Module, ABC):
 
     def make_layer(self, spec: ModelSpec, index: int) -> DecoderLayer:
         """Layer number `index`; a dense MLP unless a family overrides this."""
-        return DecoderLayer(spec, GatedMLP(spec.hidden_size, spec.intermediate_size, bias=spec.mlp_bias))
+        mlp = GatedMLP(spec.hidden_size, spec.intermediate_size, bias=spec.mlp_bias, group=self.group)
+        return DecoderLayer(spec, mlp, self.group)
+
+    @property
+    def layer_kv(self) -> tuple[LayerKV, ...]:
+        """What each layer keeps in the KV cache of this rank."""
+        return tuple(layer.kv for layer in self.layers)  # type: ignore[misc]
 
     def embed(self, input_ids_T: Tensor) -> Tensor:
         """The residual stream [T, E] that enters the first layer; the caller owns it."""

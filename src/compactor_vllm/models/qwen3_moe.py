@@ -27,11 +27,17 @@ class Qwen3MoeForCausalLM(CausalLM):
         moe = spec.moe
         assert moe is not None
         if not moe.sparse[index]:
-            return DecoderLayer(spec, GatedMLP(spec.hidden_size, spec.intermediate_size))
+            dense = GatedMLP(spec.hidden_size, spec.intermediate_size, group=self.group)
+            return DecoderLayer(spec, dense, self.group)
         experts = SparseMoE(
-            spec.hidden_size, moe.intermediate_size, moe.num_experts, moe.top_k, norm_topk_prob=moe.norm_topk_prob
+            spec.hidden_size,
+            moe.intermediate_size,
+            moe.num_experts,
+            moe.top_k,
+            norm_topk_prob=moe.norm_topk_prob,
+            group=self.group,
         )
-        return DecoderLayer(spec, experts)
+        return DecoderLayer(spec, experts, self.group)
 
 
 def _read_moe(config: Any) -> MoESpec:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from compactor_vllm.config import LLMConfig
+from compactor_vllm.distributed.group import SINGLE, Group
 from compactor_vllm.errors import CheckpointError
 from compactor_vllm.models.common import CausalLM
 from compactor_vllm.models.llama import LlamaForCausalLM
@@ -42,17 +43,31 @@ def model_spec(checkpoint: Checkpoint) -> ModelSpec:
         raise CheckpointError(prefix + str(error)) from error
 
 
-def load_model(config: LLMConfig, device: torch.device, dtype: torch.dtype, checkpoint: Checkpoint) -> CausalLM:
+def load_model(
+    config: LLMConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    checkpoint: Checkpoint,
+    spec: ModelSpec | None = None,
+    group: Group = SINGLE,
+) -> CausalLM:
     """The model of a checkpoint in eval mode, its weights read (or drawn) straight into `dtype` on `device`.
 
-    Names and shapes of all weights are checked before memory is taken.
+    Names and shapes of all weights are checked before memory is taken. With several ranks, each reads its slices.
+
+    Args:
+        spec: of the checkpoint, where it is known.
 
     Raises:
         CheckpointError: the checkpoint is not supported, or its weights do not fit its configuration.
     """
-    spec = model_spec(checkpoint)
+    spec = spec or model_spec(checkpoint)
     with torch.device("meta"):
-        model = MODEL_REGISTRY[spec.model_type](spec).to(dtype)
+        model = MODEL_REGISTRY[spec.model_type](spec, group).to(dtype)
+    if any(layer.self_attn.group is not group for layer in model.layers):  # type: ignore[union-attr]
+        raise CheckpointError(
+            f"{type(model).__name__}.make_layer must give self.group to its layers to run with several ranks"
+        )
     tied = ("lm_head.weight",) if spec.tie_word_embeddings else ()
     stored = {} if checkpoint.dummy else check_weights(model, checkpoint, ignore=tied)
     model = model.to_empty(device=device).eval()

@@ -19,6 +19,21 @@ MAX_SEGMENTS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerPages:
+    """Pages for what a group of sequences keeps of one layer.
+
+    Attributes:
+        run_begin_B: int64, where each segment's run for the layer begins in the page table.
+        pages: int32 page ids set aside, of all sequences.
+        begin_B: int64, where each sequence's ids begin in them.
+    """
+
+    run_begin_B: Tensor
+    pages: Tensor
+    begin_B: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class StoreGroup:
     """Consecutive sequences of a prefill that are scored and stored alike.
 
@@ -29,10 +44,9 @@ class StoreGroup:
         cu_seqlens: int32 [sequences + 1], their borders relative to `begin`.
         spans: what the method is told of them.
         slots_B, growth_B: int32, segment slots and page-table entries for growth.
-        run_begin_LB, reserved_begin_LB: int64, per layer, where runs and reserved pages begin.
-        reserved_pages: int32, reserved page ids of all layers and sequences.
+        pages_L: for each layer, the pages that were reserved when the sequences were admitted.
         keep_B: int32, tokens kept per KV head on average.
-        kept_pairs: sum of keep_B times KV heads.
+        kept_pairs: sum of keep_B times the layer's KV heads.
         protected_T: bool, tokens that stay whatever their score.
         counts_BK: int32, tokens per head where all stay.
         compression_type, selection: how heads share the budget, and the arguments of `select_tokens` that say so.
@@ -48,9 +62,7 @@ class StoreGroup:
     spans: tuple[SequenceSpan, ...]
     slots_B: Tensor
     growth_B: Tensor
-    run_begin_LB: Tensor
-    reserved_begin_LB: Tensor
-    reserved_pages: Tensor
+    pages_L: tuple[LayerPages, ...]
     keep_B: Tensor
     kept_pairs: int
     protected_T: Tensor

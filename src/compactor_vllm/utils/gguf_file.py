@@ -71,12 +71,24 @@ class GGUFTensorInfo:
         """Bytes of one row (the last dimension)."""
         return (self.end - self.begin) // math.prod(self.shape[:-1])
 
-    def rows(self, begin: int, end: int) -> Tensor:
-        """Rows [begin, end) of the tensor seen as a matrix, float32 [end - begin, last dimension]."""
+    def rows(self, begin: int, end: int, columns: tuple[int, int] | None = None) -> Tensor:
+        """Rows [begin, end) of the tensor seen as a matrix, float32 [end - begin, last dimension].
+
+        Args:
+            columns: half-open range of the columns that are wanted; only blocks with some of them are read.
+        """
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
         data = np.frombuffer(
             self.file.data, np.uint8, (end - begin) * self.row_bytes, self.begin + begin * self.row_bytes
         )
-        return dequantise(data, self.type_name).view(end - begin, self.shape[-1])
+        if columns is None:
+            return dequantise(data, self.type_name).view(end - begin, self.shape[-1])
+        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[self.type_name]]
+        first, last = columns[0] // block, -(-columns[1] // block)
+        part = data.reshape(end - begin, self.row_bytes)[:, first * block_bytes : last * block_bytes]
+        wide = dequantise(np.ascontiguousarray(part).reshape(-1), self.type_name).view(end - begin, -1)
+        return wide[:, columns[0] - first * block : columns[1] - first * block]
 
 
 @dataclass(frozen=True)
@@ -101,15 +113,34 @@ class GGUFTensor(StoredTensor):
         tensor = self.info.rows(self.first_row, self.first_row + self.num_rows).view(self.shape)
         return uninterleave_heads(tensor, self.heads) if self.heads else tensor
 
-    def copy_into(self, target: Tensor) -> None:
+    def read_slice(self, dim: int, begin: int, end: int) -> Tensor:
+        if dim == len(self.shape) - 1 and dim:
+            wide = self.info.rows(self.first_row, self.first_row + self.num_rows, (begin, end))
+            wide = wide.view(*self.shape[:-1], end - begin)
+            return uninterleave_heads(wide, self.heads) if self.heads else wide
+        if len(self.shape) == 1:
+            return self().narrow(0, begin, end - begin)  # a vector: a bias, which is small
+        size = self.num_rows // self.shape[0] if self.heads == 0 else self.shape[0] // self.heads
+        # Interleaved rows stay inside of their head, so whole heads are read and then put in order.
+        low, high = begin // size * size, -(-end // size) * size
+        if not self.heads:
+            low, high = begin, end
+        rows = self.info.rows(self.first_row + low, self.first_row + high).view(high - low, *self.shape[1:])
+        if self.heads:
+            rows = uninterleave_heads(rows, (high - low) // size)
+        return rows[begin - low : end - low]
+
+    def copy_into(self, target: Tensor, dim: int = 0, rows: tuple[int, int] | None = None) -> None:
         step = max(1, CHUNK_ELEMENTS // self.shape[-1])
-        if self.heads or self.num_rows <= step:
-            target.copy_(self())
+        first, last = rows if rows is not None and dim == 0 else (0, self.num_rows)
+        if self.heads or len(self.shape) != 2 or last - first <= step:
+            super().copy_into(target, dim, rows)
             return
-        rows = target.view(self.num_rows, self.shape[-1])
-        for begin in range(0, self.num_rows, step):
-            end = min(begin + step, self.num_rows)
-            rows[begin:end].copy_(self.info.rows(self.first_row + begin, self.first_row + end))
+        columns = rows if dim == 1 else None
+        for begin in range(first, last, step):
+            end = min(begin + step, last)
+            part = self.info.rows(self.first_row + begin, self.first_row + end, columns)
+            target[begin - first : end - first].copy_(part)
 
     def sample(self) -> bytes:
         begin = self.info.begin + self.first_row * self.info.row_bytes

@@ -10,8 +10,8 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def derive_seed(seed: int, index: int) -> int:
-    """A seed in [0, 2^63) for request number `index` of an engine."""
+def derive_seed(seed: int, index: int | str) -> int:
+    """A seed in [0, 2^63) for request number `index` of an engine, or for a weight of that name."""
     digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from compactor_vllm.config import LLMConfig
 from compactor_vllm.errors import CheckpointError
@@ -16,6 +16,7 @@ from compactor_vllm.utils.builtin import BUILT_IN_MODELS, built_in_path, cache_d
 from compactor_vllm.utils.checkpoint import Checkpoint, SafetensorsCheckpoint, no_weights_message, plain_files
 from compactor_vllm.utils.gguf_checkpoint import GGUFCheckpoint
 from compactor_vllm.utils.gguf_file import split_paths
+from compactor_vllm.utils.helpers import derive_seed, track
 from compactor_vllm.utils.stored_tensor import StoredTensor
 
 __all__ = [
@@ -121,50 +122,46 @@ def check_weights(module: nn.Module, checkpoint: Checkpoint, *, ignore: Iterable
         if name in stored:
             raise CheckpointError(f"{checkpoint.name}: tensor {name} is there twice")
         stored[name] = tensor
-    slots = {slot.name: slot.target for slot in module.weight_slots()}  # type: ignore[operator]
+    slots = {slot.name: slot.shape for slot in module.weight_slots()}  # type: ignore[operator]
     missing = [name for name in slots if name not in stored]
     if missing:
         raise CheckpointError(f"{checkpoint.name}: missing weights: {_some(missing)}")
     extra = [name for name in stored if name not in slots and name not in set(ignore) and not _IGNORED.fullmatch(name)]
     if extra:
         raise CheckpointError(f"{checkpoint.name}: weights that the model has no place for: {_some(extra)}")
-    for name, target in slots.items():
-        if stored[name].shape != tuple(target.shape):
+    for name, shape in slots.items():
+        if stored[name].shape != shape:
             raise CheckpointError(
                 f"{checkpoint.name}: tensor {name} has shape {list(stored[name].shape)}, "
-                f"but the configuration asks for {list(target.shape)}"
+                f"but the configuration asks for {list(shape)}"
             )
     return {name: stored[name] for name in slots}
 
 
 def copy_weights(module: nn.Module, stored: dict[str, StoredTensor], *, show_progress: bool = False) -> None:
-    """Reads every slot's tensor into its place, in the module's own type and device, one tensor at a time."""
-    slots: list[tuple[str, Tensor]] = [(s.name, s.target) for s in module.weight_slots()]  # type: ignore[operator]
-    for name, target in _track(slots, show_progress):
-        stored[name].copy_into(target)
+    """Reads every slot's tensor, or its slice of it, into its place, in the module's own type and device."""
+    for slot in track(list(module.weight_slots()), "loading weights", show_progress):  # type: ignore[operator]
+        if slot.target.numel():
+            span = slot.span
+            stored[slot.name].copy_into(slot.target, slot.dim, None if span is None else (span.begin, span.end))
 
 
 def fill_random(module: nn.Module, seed: int) -> None:
-    """Random weights: matrices and biases from N(0, 0.02), vectors of norms 1. The same seed gives the same model."""
-    generators: dict[torch.device, torch.Generator] = {}
-    for name, parameter in module.named_parameters():
-        if "norm" in name.rsplit(".", 2)[-2]:
-            parameter.data.fill_(1.0)
+    """Random weights: matrices and biases from N(0, 0.02), vectors of norms 1.
+
+    The same seed gives the same model, however many ranks share it: every tensor has a generator of its own.
+    """
+    for slot in module.weight_slots():  # type: ignore[operator]
+        if "norm" in slot.name.rsplit(".", 2)[-2]:
+            slot.target.fill_(1.0)
             continue
-        if parameter.device not in generators:
-            generators[parameter.device] = torch.Generator(parameter.device).manual_seed(seed)
-        parameter.data.normal_(0.0, DUMMY_SCALE, generator=generators[parameter.device])
+        generator = torch.Generator(slot.target.device).manual_seed(derive_seed(seed, slot.name))
+        whole = slot.target if slot.target.shape == slot.shape else slot.target.new_empty(slot.shape)
+        whole.normal_(0.0, DUMMY_SCALE, generator=generator)
+        if whole is not slot.target:
+            slot.target.copy_(whole.narrow(slot.dim, slot.span.begin, slot.span.size))
 
 
 def _some(names: list[str]) -> str:
     shown = ", ".join(names[:5])
     return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
-
-
-def _track(slots: list[tuple[str, Tensor]], show_progress: bool) -> Iterator[tuple[str, Tensor]]:
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    disable = not (show_progress and console.is_terminal)
-    yield from track(slots, description="Loading weights", console=console, transient=True, disable=disable)

@@ -39,9 +39,17 @@ class StoredTensor(ABC):
     def __call__(self) -> Tensor:
         """The tensor on the CPU; it may share the file's memory map and must not be written."""
 
-    def copy_into(self, target: Tensor) -> None:
-        """Fills `target`, of the same shape and any floating-point type and device."""
-        target.copy_(self())
+    def copy_into(self, target: Tensor, dim: int = 0, rows: tuple[int, int] | None = None) -> None:
+        """Fills `target`, of any floating-point type and device, from the whole tensor or a slice of it.
+
+        Args:
+            dim, rows: the slice, rows [begin, end) of dimension `dim`; nothing else is read. None: everything.
+        """
+        target.copy_(self() if rows is None else self.read_slice(dim, *rows))
+
+    @abstractmethod
+    def read_slice(self, dim: int, begin: int, end: int) -> Tensor:
+        """`self().narrow(dim, begin, end - begin)`, of which nothing else is read from the file."""
 
     @abstractmethod
     def sample(self) -> bytes:
@@ -58,6 +66,9 @@ class SafetensorsTensor(StoredTensor):
 
     def __call__(self) -> Tensor:
         return self.file.handle.get_tensor(self.name)
+
+    def read_slice(self, dim: int, begin: int, end: int) -> Tensor:
+        return self.file.handle.get_slice(self.name)[(slice(None),) * dim + (slice(begin, end),)]
 
     def sample(self) -> bytes:
         return self.file.read_bytes((self.begin + self.end - SAMPLE_BYTES) // 2, self.begin, self.end)
