@@ -205,7 +205,7 @@ class SegmentMachine(RuleBasedStateMachine):
             return
         assert self.manager.pages.num_free == free
         rows = [
-            [sum((c.rows[layer][h][: pages * PAGE] for c, pages in parts), []) for h in range(KV_HEADS)]
+            [[row for c, pages in parts for row in c.rows[layer][h][: pages * PAGE]] for h in range(KV_HEADS)]
             for layer in range(LAYERS)
         ]
         self.live.append(Contents(joined, rows))
@@ -245,7 +245,9 @@ class SegmentMachine(RuleBasedStateMachine):
             assert self.manager.pages.num_free == free
             return
         if merged is not None:
-            rows = [[sum((c.rows[layer][h] for c in chosen), []) for h in range(KV_HEADS)] for layer in range(LAYERS)]
+            rows = [
+                [[row for c in chosen for row in c.rows[layer][h]] for h in range(KV_HEADS)] for layer in range(LAYERS)
+            ]
             self.live.append(Contents(merged, rows))
 
     @invariant()

@@ -140,3 +140,104 @@ def test_a_preempted_request_goes_on_with_its_prefix(make_llm):
             assert [stream.sequence.output_token_ids for stream in streams] == want
             llm.clear_prefix_cache()
         assert_all_free(llm)
+
+
+# ---- tokens that are kept whole, by full pages (16 tokens) -----------------------------------------------------------
+
+LONG = RNG.integers(0, 256, 100).tolist()
+
+
+def plain(llm, prompts, sampling=GREEDY, **options):
+    return llm.generate(prompts, sampling, return_sequences=True, **options)
+
+
+def test_plain_prompts_begin_with_the_pages_that_they_share(make_llm, llm, prefilled):
+    prompts = [LONG, LONG[:70] + QUESTIONS[2], LONG[:16], LONG[:17], LONG[:15], [*LONG, 1, 2], QUESTIONS[2] + LONG]
+    with make_llm(prefix_cache=False) as without:
+        want = [tokens(plain(without, [prompt])) for prompt in prompts]
+    assert tokens(plain(llm, prompts[:1])) == want[0]
+    got = [plain(llm, [prompt]) for prompt in prompts]
+    assert [tokens(answers) for answers in got] == want
+    # At least one token is computed, for the logits behind the prompt.
+    assert [answers[0].cached_tokens for answers in got] == [96, 64, 0, 16, 0, 96, 0]
+    assert prefilled[1:] == [4, 6 + 17, 16, 1, 15, 6, 117]
+
+
+def test_answers_are_found_as_well_as_prompts(llm, prefilled):
+    """The next turn of a conversation as a client without contexts sends it, however many turns there were."""
+    with_answers, text = SamplingParams(temperature=0, max_new_tokens=40, ignore_eos=True), LONG
+    for turn in range(12):
+        [sequence] = plain(llm, [text], with_answers)
+        assert turn == 0 or sequence.cached_tokens == (len(text) - 1 - 6) // 16 * 16
+        text = text + sequence.output_token_ids + QUESTIONS[0] + [turn]
+    assert len(llm._engine.scheduler.prefixes) > 2
+
+
+def test_pages_behind_a_context_are_found(llm, prefilled):
+    """Behind the same context only: a run is named by what lies before it."""
+    question = RNG.integers(0, 256, 40).tolist()
+    with llm.compress(DOCUMENTS[0], COMPACTOR, SequenceCompressionParams(compression_ratio=0.5)) as context:
+        first, second = (plain(llm, [question], context=context)[0] for _ in range(2))
+        assert first.output_token_ids == second.output_token_ids
+        assert (first.cached_tokens, second.cached_tokens) == (120, 120 + 32)
+    assert plain(llm, [question])[0].cached_tokens == 0
+    for _ in range(2):  # and behind a bounded part of a prompt
+        [last] = ask(llm, DOCUMENTS[1], [question])
+    assert last.cached_tokens == 90 + 32
+
+
+def test_prompts_compressed_as_one_piece_are_not_looked_for(llm, prefilled):
+    half = SequenceCompressionParams(compression_ratio=0.5)
+    for method in ("compactor", "snapkv"):
+        batch = BatchCompressionParams(compression_method=method)
+        assert [llm.generate(LONG, GREEDY, batch, half, True).cached_tokens for _ in range(2)] == [0, 0]
+    snapkv = BatchCompressionParams(compression_method="snapkv")
+    whole = [llm.generate(LONG, GREEDY, snapkv, None, True) for _ in range(2)]
+    assert whole[0].output_token_ids == whole[1].output_token_ids
+
+
+def test_completions_share_pages_that_were_found(llm, prefilled):
+    sampling = SamplingParams(temperature=1.0, seed=3, n=3, max_new_tokens=20, ignore_eos=True)
+    groups = [plain(llm, [LONG], sampling)[0] for _ in range(2)]
+    assert tokens(groups[0]) == tokens(groups[1])
+    assert [[s.cached_tokens for s in group] for group in groups] == [[0] * 3, [96] * 3]
+
+
+def test_the_same_prefix_is_one_segment(llm, prefilled):
+    """Requests that share a system prompt attend to one segment, which is read once a step for all of them."""
+    plain(llm, [LONG])
+    streams = [llm.stream([*LONG[:50], i], GREEDY) for i in range(3)]
+    for stream in streams:
+        next(stream)
+    segments = [request.segments[0] for request in llm._engine.scheduler.running]
+    assert len(segments) == 3 and len({id(segment) for segment in segments}) == 1 and segments[0].num_tokens == 48
+    for stream in streams:
+        stream.close()
+
+
+def test_page_cache_changes_no_token_under_preemption(make_llm):
+    """Small pools, where pages of the cache are taken back, and requests lose theirs at any step."""
+    prompts = [[*LONG[:n], n] for n in (40, 64, 70, 90, 33, 90)]
+    with make_llm(prefix_cache=False) as roomy:
+        want = tokens(plain(roomy, prompts))
+    for host in (10**9, 0):
+        with make_llm(kv_cache_memory_bytes=250_000) as llm:
+            llm._engine.manager.host_bytes = host
+            for _ in range(2):
+                streams = [llm.stream(prompt, GREEDY) for prompt in prompts]
+                for step in range(120):
+                    if step % 5 == 2 and len(llm._engine.scheduler.running) > 1:
+                        llm._engine.scheduler.preempt(llm._engine.scheduler.running[-1])
+                    llm._engine.step()
+                    llm._engine.manager.check_integrity()
+                assert [stream.sequence.output_token_ids for stream in streams] == want
+            assert_all_free(llm)
+
+
+def test_a_document_that_is_compressed_again_is_found(llm, prefilled):
+    half = SequenceCompressionParams(compression_ratio=0.5, protected_last_tokens=3)
+    with llm.compress(DOCUMENTS[0], COMPACTOR, half) as first, llm.compress(DOCUMENTS[0], COMPACTOR, half) as second:
+        assert first.segments == second.segments and prefilled == [120]
+        assert second.kept_tokens == 60
+        # A prompt that bounds the same context finds it, too.
+        assert ask(llm, DOCUMENTS[0], QUESTIONS[:1])[0].cached_tokens == 120

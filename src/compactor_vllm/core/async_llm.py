@@ -144,18 +144,23 @@ class AsyncLLM:
 
     async def compress_sequence(self, sequence: Sequence, chat_suffix: str | None) -> AsyncContext:
         """The same for a prepared sequence that has not run, and what follows a question about it."""
-        channel, begun = Channel(asyncio.get_running_loop()), []  # type: ignore[var-annotated]
+        channel = Channel(asyncio.get_running_loop())
+        begun: list[PendingContext] = []
 
         def begin(llm: LLM) -> None:
             begun.append(PendingContext(llm, sequence, chat_suffix))
             self._thread.watch(channel, begun[0].request)
+
+        def end() -> None:
+            for pending in begun:
+                pending.cancel()
 
         try:
             await self.run(begin)
             await channel.wait_for_end()
             return AsyncContext(self, await self.run(lambda llm: begun[0].take()))
         finally:  # calls come in order: whatever has begun has ended after this one
-            self._thread.call(lambda: [pending.cancel() for pending in begun])
+            self._thread.call(end)
 
     async def load_context(self, path: str | Path) -> AsyncContext:
         """A context that was saved, read while other requests go on; see `LLM.load_context`."""

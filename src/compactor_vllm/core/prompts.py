@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from compactor_vllm.compression.compression_params import BatchCompressionParams, SequenceCompressionParams
@@ -112,6 +112,7 @@ class Prompts:
         Raises:
             RequestError: it cannot be used.
         """
+        options = replace(options, sampling=SamplingParams(max_new_tokens=1))
         context, compression = options.context, options.compression or SequenceCompressionParams()
         if not is_conversation(prompt):
             token_ids = self._encode(prompt, context, None)  # type: ignore[arg-type]
