@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.calibration_test import summary
 from compactor_vllm import LLM, LLMConfig, SamplingParams, Sequence, SequenceCompressionParams
 from compactor_vllm.cli.main import main
 from compactor_vllm.cli.many_values import repeated
@@ -55,6 +56,7 @@ class Engine:
                 error=None,
                 prompt_token_ids=prompt,
                 output_token_ids=[1, 2],
+                chosen_ratio=None,
                 kept_fraction=c.compression_ratio,
                 kv_bytes=int(1000 * c.compression_ratio),
                 kv_bytes_full=1000,
@@ -435,6 +437,25 @@ def test_a_calibration_is_fitted_and_used(tiny_checkpoint: Path, tmp_path: Path,
         sequence = llm.generate(list(range(200)), SamplingParams(max_new_tokens=1), None, params, return_sequences=True)
     b = calibrations["knorm"].steepness(sequence_nll(run, sequence))
     assert sequence.predicted_quality == pytest.approx(predicted_quality(sequence.chosen_ratio, b), abs=0.05)
+
+
+def test_the_summary_of_a_held_out_test() -> None:
+    ratios = {0.0: [0.96, 0.91, 0.89, 1.2], 0.3: [0.2, 0.9, 0.3, 0.95], 0.6: [0.5, 0.9, 0.95, 1], 0.9: [1, 1, 1, 0.99]}
+    records = [
+        {"method": "compactor", "retention": r, "nll_ratio": g, "chosen_ratio": 0.2 if i < 2 else 0.6}
+        for r, values in ratios.items()
+        for i, g in enumerate(values)
+    ]
+    records.append({"method": "none", "retention": 1.0, "nll_ratio": 0.0})
+    found = summary(records, "compactor", 0.95)
+    assert found["auto"] == {
+        "contexts": 4,
+        "share": 0.75,
+        "share_two_sided": 0.5,
+        "kept": pytest.approx(0.4),
+        "nll_ratio": pytest.approx(0.99),
+    }
+    assert found["fixed"] == {0.3: 0.5, 0.6: 0.75, 0.9: 1.0} and found["equal_fixed_ratio"] == 0.6
 
 
 def sequence_nll(run: RunDirectory, sequence: Any) -> float:

@@ -197,8 +197,9 @@ def check_finished(sequences: Sequence[Any]) -> None:
 
 
 def costs(sequence: Any) -> Record:
-    """What the sequence's cache took."""
-    return {
+    """What the sequence's cache took, and what was inferred for it."""
+    inferred = {} if sequence.chosen_ratio is None else {"chosen_ratio": sequence.chosen_ratio}
+    return inferred | {
         "prompt_tokens": len(sequence.prompt_token_ids),
         "kept_fraction": sequence.kept_fraction,
         "kv_bytes": sequence.kv_bytes,
