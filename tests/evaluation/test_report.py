@@ -118,6 +118,9 @@ def test_promised_figures_stand_beside_ours(tmp_path: Path) -> None:
     assert promised == ["Qwen3-8B: promised", "95.01", "94.57", "92.29", "76.48", "44.69"]
     assert measured == ["Qwen3-8B: measured", "50 ± 0", "not yet", "50 ± 0", "not yet", "not yet"]
     assert promised_table(results, "another model") == []
+    rows = [record("vt", 0, "compactor", r, 0.5, length=4096) for r in (0.1, 0.05)]  # under both of its labels
+    head, promised, measured = promised_table(Results([run(tmp_path / "both", rows)]), "Qwen/Qwen3-8B")
+    assert head[5:] == ["0.9", "0.95"] and promised[5:] == ["44.69"] * 2 and measured[5:] == ["50 ± 0"] * 2
 
 
 def test_what_cannot_be_reported_together(ruler: RunDirectory, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from compactor_vllm.evaluation.run_config import MethodChoice, RunConfig
 from compactor_vllm.evaluation.run_directory import RunDirectory, cell_measures, metrics
 from compactor_vllm.evaluation.runner import Answers, Shard, TaskSource, prompt_of, run_grid
 from compactor_vllm.evaluation.tasks.sample import Sample
+from tests.tiny import save_tiny
 
 CONFIG = RunConfig(
     suite="ruler", model="org/tiny", methods=["keydiff"], retentions=[1, 0.5], tasks=["t"], lengths=[64], samples=4
@@ -415,6 +416,34 @@ def test_wrong_options_are_said_in_one_line(tiny_checkpoint: Path, tmp_path: Pat
         code, _, errors = call(capsys, *arguments)
         assert code == 2 and message in " ".join(errors.split()), errors
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_the_promised_table_from_end_to_end(tmp_path: Path, capsys, monkeypatch) -> None:
+    """The specification's command, with a recorded sample of each task and a tiny checkpoint of the same family."""
+    save_tiny(tmp_path / "Qwen3-8B", "qwen3")
+    arguments = ["ruler", "--length", 4096, "--model", tmp_path / "Qwen3-8B", "--method", "compactor", "--samples", 1]
+    arguments += ["--discard", 0, 0.25, 0.5, 0.75, 0.9, 0.95, "--device", "cpu", "--max-new-tokens", 2]
+    data = Path(__file__).parent / "fixtures"
+    code, printed, _ = call(capsys, *arguments, "--data", data, "--out", tmp_path / "run")
+    assert code == 0
+    lines = printed.splitlines()
+    begin = lines.index("| fraction of the cache discarded | 0 | 0.25 | 0.5 | 0.75 | 0.9 | 0.95 |")
+    promised, measured = (line.split(" | ") for line in lines[begin + 2 : begin + 4])
+    assert promised == ["| Qwen3-8B: promised", "95.01", "94.57", "92.29", "76.48", "44.69", "44.69 |"]
+    assert len(measured) == 7 and all("±" in cell for cell in measured[1:])
+    records = RunDirectory.load(tmp_path / "run").records
+    assert len({key[0] for key in records}) == 13 and len(records) == 13 * 6
+    # Without --data the rows come from the data set of the leaderboard, and no other.
+    asked = []
+
+    def rows(repository: str, configuration: str, split: str) -> list[dict]:
+        asked.append((repository, configuration, split))
+        return [json.loads(line) for line in (data / "ruler-4096.jsonl").read_text().splitlines()]
+
+    monkeypatch.setattr("compactor_vllm.evaluation.tasks.prebuilt.hub_rows", rows)
+    code, again, _ = call(capsys, *arguments, "--out", tmp_path / "again")
+    assert code == 0 and asked == [("simonjegou/ruler", "4096", "test")] and again == printed
 
 
 def test_a_calibration_is_fitted_and_used(tiny_checkpoint: Path, tmp_path: Path, capsys, monkeypatch) -> None:

@@ -47,7 +47,7 @@ A method of your own, and one with options:
 
 The specification's table, on the samples of kvpress's leaderboard:
 
-    compactor-vllm eval ruler --prebuilt --length 4096 --model Qwen/Qwen3-8B --discard 0 0.25 0.5 0.75 0.9
+    compactor-vllm eval ruler --length 4096 --model Qwen/Qwen3-8B --discard 0 0.25 0.5 0.75 0.9 0.95
 
 A run that was broken off, or stopped by `--time-limit` (exit code 75), goes on when its command is given again.
 Methods, retentions, tasks and samples may be added.
@@ -179,6 +179,15 @@ def method_choices(given: Sequence[str] | None) -> list[MethodChoice]:
     return [MethodChoice.parse(name) for name in dict.fromkeys(names)]
 
 
+def takes_prebuilt(model: str, lengths: Sequence[int], tasks: Sequence[str], data: Path | None) -> bool:
+    """Whether samples of kvpress's leaderboard are meant: `data` has them, or the promised table is asked for."""
+    from compactor_vllm.evaluation.report import promised_model
+
+    if data is not None:
+        return any((data / f"ruler-{n}{suffix}").exists() for n in lengths or (4096,) for suffix in (".jsonl", ".json"))
+    return promised_model(model) is not None and list(lengths) == [4096] and not tasks
+
+
 def print_results(out: Path, as_json: bool) -> None:
     """Writes the metrics of a run, and prints them as JSON or its tables."""
     from compactor_vllm.evaluation.report import Results, markdown, tables
@@ -211,7 +220,7 @@ def _suite_command(suite: str) -> Callable[..., None]:
         samples: own.Samples = None,
         seed: own.SampleSeed = 0,
         data: own.Data = None,
-        prebuilt: own.Prebuilt = False,
+        prebuilt: own.Prebuilt = None,
         depths: own.Depths = None,
         target: own.Target = None,
         query_aware: own.QueryAware = False,
@@ -235,6 +244,8 @@ def _suite_command(suite: str) -> Callable[..., None]:
 
         deadline = None if time_limit is None else time.monotonic() + time_limit
         share = None if shard is None else Shard.parse(shard)
+        if suite == "ruler" and prebuilt is None:
+            prebuilt = takes_prebuilt(model, length or (), task or (), data)
         check_effects(suite, prebuilt=prebuilt, depths=depths, target=target, length=length)
         config = LLMConfig(
             model=model,
@@ -269,7 +280,7 @@ def _suite_command(suite: str) -> Callable[..., None]:
             samples=samples,
             seed=seed,
             data=data,
-            prebuilt=prebuilt,
+            prebuilt=bool(prebuilt),
             depths=depths or 11,
             target=target or 64,
         )

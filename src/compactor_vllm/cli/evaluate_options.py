@@ -42,10 +42,11 @@ Data = Annotated[
     typer.Option("--data", help="Directory with essays, questions or LongBench's files.", rich_help_panel=_WHAT),
 ]
 Prebuilt = Annotated[
-    bool,
+    bool | None,
     typer.Option(
-        "--prebuilt",
-        help="Take RULER samples of kvpress's leaderboard: ruler-LENGTH.jsonl of --data, else from the hub.",
+        "--prebuilt/--generated",
+        help="Take RULER samples of kvpress's leaderboard: ruler-LENGTH.jsonl of --data, else from the hub. "
+        "[default: where --data has them, and at 4096 tokens for models with promised figures]",
         rich_help_panel=_WHAT,
     ),
 ]
