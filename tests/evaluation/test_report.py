@@ -158,6 +158,11 @@ def test_a_page_with_curves(ruler: RunDirectory) -> None:
     }
     assert all(f'src="{name}"' in page for name in files if name.endswith("png"))
     assert "cwe: other words" in page and "<td>keydiff</td>" in page and "-50 [-87.5, -12.5] *" in page
+    timed = [record("t", 0, "knorm", kept, 0.5, tokens=1000, seconds=2 * kept) for kept in (0.5, 0.25)]
+    results = Results([run(ruler.path.parent / "timed", timed)])
+    assert [p.tokens_per_second for p in results.curve("knorm", SCORE)] == [1000, 2000]
+    write_report([RunDirectory.load(ruler.path.parent / "timed")], ruler.path / "timed")
+    assert (ruler.path / "timed" / "throughput-0.svg").is_file()
     before = (ruler.path / "report" / "retention-0.svg").read_bytes()
     write_report([ruler], ruler.path / "report")
     assert (ruler.path / "report" / "retention-0.svg").read_bytes() == before

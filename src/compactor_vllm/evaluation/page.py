@@ -68,13 +68,12 @@ def _draw(results: Results, directory: Path) -> list[tuple[str, str]]:
     """Titles and file names of the figures."""
     figures = []
     for number, measure in enumerate(results.measures):
-        drawn = {
-            f"{measure.name} over retention": plots.quality_over_retention(results, measure),
-            f"{measure.name} over the size of the cache": plots.quality_over_bytes(results, measure),
+        drawn = {"retention": plots.quality_over_retention(results, measure)}
+        drawn |= {
+            c: figure for c in plots.COSTS if (figure := plots.quality_over_cost(results, measure, c)) is not None
         }
-        for kind, (title, figure) in zip(("retention", "bytes"), drawn.items(), strict=True):
-            if figure is not None and results.methods:
-                figures.append((title, plots.save(figure, directory, f"{kind}-{number}")))
+        for over, figure in drawn.items() if results.methods else ():
+            figures.append((f"{measure.name} over {over}", plots.save(figure, directory, f"{over}-{number}")))
     heat = plots.heat_maps(results) if SCORE in results.measures else None
     if heat is not None:
         figures.append(("Score by length and depth of the needle", plots.save(heat, directory, "depth")))

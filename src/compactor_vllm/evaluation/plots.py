@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,16 +60,24 @@ def quality_over_retention(results: Results, measure: MeasureInfo) -> Figure:
     return figure
 
 
-def quality_over_bytes(results: Results, measure: MeasureInfo) -> Figure | None:
-    """The average over the mean size of a sequence's cache, which rounds up to pages; None where no size is known."""
+COSTS: dict[str, tuple[str, Callable[[Point], float | None]]] = {
+    "bytes": ("KV cache of a sequence (MiB, mean)", lambda p: p.kv_bytes and p.kv_bytes / 2**20),
+    "throughput": ("prompt and output tokens per second", lambda p: p.tokens_per_second),
+}
+"""What quality is drawn over: the label of the axis, and the value of a point."""
+
+
+def quality_over_cost(results: Results, measure: MeasureInfo, cost: str) -> Figure | None:
+    """The average over a cost in `COSTS`; None where no point has it. Caches are rounded up to pages."""
+    label, value = COSTS[cost]
     figure, axes = _figure(1, 1, (6.0, 4.0))
     axis = axes[0][0]
     drawn = False
     for number, method in enumerate(results.methods):
-        points = [point for point in results.curve(method, measure) if point.kv_bytes]
+        points = [point for point in results.curve(method, measure) if value(point)]
         drawn = drawn or bool(points)
-        _line(axis, points, method, number, lambda point: (point.kv_bytes or 0) / 2**20)
-    axis.set_xlabel("KV cache of a sequence (MiB, mean)")
+        _line(axis, points, method, number, value)
+    axis.set_xlabel(label)
     axis.set_ylabel(measure.name)
     axis.grid(alpha=0.3)
     _legend(figure, axes)

@@ -13,7 +13,7 @@ from statistics import fmean
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.evaluation.intervals import Interval, Values, mean_interval, paired_interval
 from compactor_vllm.evaluation.run_config import FULL_CACHE
-from compactor_vllm.evaluation.run_directory import Record, RunDirectory
+from compactor_vllm.evaluation.run_directory import Record, RunDirectory, cell_costs
 
 AVERAGE = "average"
 Group = tuple[str, int]
@@ -53,12 +53,14 @@ class Point:
     Attributes:
         interval: of the measure.
         kv_bytes: mean size of the caches, None where no record has it.
+        tokens_per_second: of the engine, None where calls were not timed (`--throughput`).
         samples: how many.
     """
 
     retention: float
     interval: Interval
     kv_bytes: float | None
+    tokens_per_second: float | None
     samples: int
 
 
@@ -137,20 +139,18 @@ class Results:
                     Point(
                         retention,
                         interval,
-                        self._kv_bytes(method, retention, group),
+                        *self._costs(method, retention, group),
                         sum(len(samples) for samples in values.values()),
                     )
                 )
         return points
 
-    def _kv_bytes(self, method: str, retention: float, group: Group | None) -> float | None:
+    def _costs(self, method: str, retention: float, group: Group | None) -> tuple[float | None, float | None]:
+        """Bytes of a cache, and tokens per second."""
         name = FULL_CACHE if retention == 1 else method
-        sizes = [
-            record["kv_bytes"]
-            for record in self._cells.get((name, retention), ())
-            if record.get("kv_bytes") and group in (None, (record["task"], record["length"]))
-        ]
-        return fmean(sizes) if sizes else None
+        cells = self._cells.get((name, retention), ())
+        found = cell_costs([r for r in cells if group in (None, (r["task"], r["length"]))])
+        return found.get("kv_bytes"), found.get("tokens_per_second")
 
     def difference(self, method: str, other: str, retention: float, measure: MeasureInfo) -> Interval | None:
         """method - other at one retention, over the samples that both have."""
