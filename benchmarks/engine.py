@@ -162,6 +162,7 @@ class Engines:
             max_decode_stall_ms=options.max_decode_stall_ms,
             enforce_eager=options.enforce_eager,
             attention_backend=options.attention_backend,
+            prefix_cache=False,
             show_progress_bar=False,
         )
 

@@ -71,21 +71,22 @@ def identity(row: Row) -> tuple[Any, ...]:
 
 
 class Results:
-    """The rows of a run, written to `engine-<device>.json` whenever one changes.
+    """The rows of a run, written to `<kind>-<device>.json` whenever one changes.
 
     Args:
         folder: where; default $OUT, else benchmarks/results.
         before: rows of other files of the same kind of device. They, and the rows of the file itself, stay until
             they are measured again.
         fresh: forget the rows of the file itself.
+        kind: of benchmark.
     """
 
-    def __init__(self, folder: str | None, before: Iterable[Row] = (), *, fresh: bool = False):
+    def __init__(self, folder: str | None, before: Iterable[Row] = (), *, fresh: bool = False, kind: str = "engine"):
         self.head = {**machine(), "run": datetime.now(timezone.utc).isoformat(timespec="seconds")}
         target = Path(folder or os.environ.get("OUT") or Path(__file__).parent / "results")
         target.mkdir(parents=True, exist_ok=True)
         name = self.head["device"].lower().replace("nvidia", "").strip().replace(" ", "-")
-        self.path = target / f"engine-{name}.json"
+        self.path = target / f"{kind}-{name}.json"
         known = not fresh and self.path.exists()
         own = read_rows([str(self.path)]) if known else []
         rows = {identity(row): dict(row) for row in [*before, *own]}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from compactor_vllm import CompactorError, ConfigError, LLMConfig, OutOfPagesError
+from compactor_vllm.core.memory_plan import _prefill
 from tests.core.test_context import COMPACTOR, DOCUMENT, GREEDY, HALF, QUESTIONS, all_free, tokens
 
 PAGE_BYTES = 16 * 2 * 16 * 4 + 8 * 16
@@ -157,6 +158,16 @@ def test_a_question_does_wait_where_the_context_could_make_way(small, wanted):
         assert second.sequence.output_token_ids == wanted["first"][1]
         list(first)
         list(large)
+
+
+def test_the_memory_plan_runs_a_question_behind_a_context(small):
+    """So that its kernels are compiled before the first one comes; on a GPU, where the plan is measured."""
+    engine = small(60)._engine
+    context = engine.manager.empty_segment(1)
+    context.num_tokens = 2000
+    _prefill(engine.runner, engine.sizes, [20], 20, None, (context,))
+    engine.manager.check_integrity([context])
+    engine.manager.free(context)
 
 
 def test_settings_are_checked():

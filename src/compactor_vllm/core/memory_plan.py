@@ -19,6 +19,7 @@ from compactor_vllm.distributed.group import Group
 from compactor_vllm.errors import ConfigError
 from compactor_vllm.kv_cache.layer_cache import LayerKV
 from compactor_vllm.kv_cache.page_table import page_bytes
+from compactor_vllm.kv_cache.segment import Segment
 from compactor_vllm.layers.kernels import Kernels
 from compactor_vllm.layers.sampler import SamplingBatch, sample
 from compactor_vllm.models.common import CausalLM
@@ -28,6 +29,7 @@ _META_BYTES = 8
 """Position and score of a cached token."""
 
 _WARM_UP_TOKENS = 1_024
+_QUESTION_TOKENS = 100
 
 _SLACK = 256 * 2**20
 """Left free on a GPU, for what libraries allocate by themselves."""
@@ -143,6 +145,11 @@ def _measure_peaks(
     short = min(_WARM_UP_TOKENS, max(lengths))
     for method in (Compactor(), SnapKV(), None):
         _prefill(runner, sizes, [short], short // 2, method)
+    context = manager.empty_segment(1)
+    context.num_tokens = max(lengths)  # as long as any, though nothing was kept of it
+    for question in (min(_QUESTION_TOKENS, short), short):
+        _prefill(runner, sizes, [question], question, None, (context,))
+    manager.free(context)
     prefill = _peak(lambda: _prefill(runner, sizes, lengths, page, Compactor()), device)
     return prefill, _peak(lambda: _decode(runner, config.max_num_seqs), device)
 
@@ -160,9 +167,14 @@ def _peak(run: Callable[[], None], device: torch.device) -> int:
 
 @torch.inference_mode()
 def _prefill(
-    runner: ModelRunner, sizes: UnitSizes, lengths: list[int], kept: int, method: BaseCompressionMethod | None
+    runner: ModelRunner,
+    sizes: UnitSizes,
+    lengths: list[int],
+    kept: int,
+    method: BaseCompressionMethod | None,
+    context: tuple[Segment, ...] = (),
 ) -> None:
-    """Prefills prompts that keep `kept` tokens, or all of them without a method."""
+    """Prefills prompts that keep `kept` tokens, or all of them without a method, behind a context."""
     manager = runner.manager
     keeps = [min(kept, length) if method else length for length in lengths]
     requests = [
@@ -176,6 +188,7 @@ def _prefill(
             stop_ids=frozenset(),
             max_tokens=length + 1,
             detokenizer=None,
+            context=context,
             private=manager.reserve(manager.prefill_pages(length, keep), length),
         )
         for i, (length, keep) in enumerate(zip(lengths, keeps, strict=True))
@@ -192,6 +205,7 @@ def _prefill(
 
 @torch.inference_mode()
 def _decode(runner: ModelRunner, rows: int) -> None:
+    runner.step.launch_idle(rows, shared=True)
     logits_BV = runner.step.launch_idle(rows)
     params = SamplingParams(temperature=1.0, top_p=0.9)
     sample(logits_BV, SamplingBatch.build([params] * rows, [0.5] * rows, device=logits_BV.device))

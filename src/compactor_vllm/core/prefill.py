@@ -93,7 +93,7 @@ class PrefillJob:
         sizes: of its units.
 
     Attributes:
-        num_tokens: of all prompts.
+        num_tokens: that are computed.
         started: clock when it was made, seconds.
         progress: its units; `next` runs one.
         claim: what must be claimed of the page pool, and set to None, before the next unit runs.
@@ -105,7 +105,7 @@ class PrefillJob:
     def __init__(self, runner: ModelRunner, requests: list[Request], sizes: UnitSizes):
         self.runner, self.requests = runner, requests
         self.chunk_tokens, self.piece_pairs = sizes.chunk_tokens, sizes.piece_pairs
-        self.num_tokens = sum(len(request.sequence.prompt_token_ids) for request in requests)
+        self.num_tokens = sum(len(part) for request in requests for part in request.parts)
         self.started = time.perf_counter()
         self.progress = self.units()
         self.claim: Claim | None = None

@@ -76,10 +76,10 @@ class RequestFactory:
             raise InvalidInputError("this context belongs to another engine; save it there and load it here")
         if len(context.segments) > MOST_SEGMENTS:
             raise InvalidInputError(f"a context may have {MOST_SEGMENTS} segments, not {len(context.segments)}")
-        before = len(context.token_ids) + len(context.pending_ids)
-        if sequence.prompt_token_ids[:before] != [*context.token_ids, *context.pending_ids]:
+        prompt, known, pending = sequence.prompt_token_ids, context.num_tokens, context.pending_ids
+        if prompt[:known] != context.token_ids or tuple(prompt[known : known + len(pending)]) != pending:
             raise InvalidInputError("the prompt must begin with the context's tokens")
-        if len(sequence.prompt_token_ids) == before:
+        if len(prompt) == known + len(pending):
             raise InvalidInputError("the prompt is empty; at least one token must follow the context")
         if sequence.sampling_params.prompt_logprobs is not None:
             raise InvalidInputError("prompt_logprobs cannot be had of a context's tokens")
