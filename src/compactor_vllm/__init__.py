@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from compactor_vllm.compression.registry import COMPRESSION_REGISTRY, register
     from compactor_vllm.config import AttentionBackend, EngineConfig, LLMConfig, SamplingParams
     from compactor_vllm.contexts.file_format import ContextFileError
+    from compactor_vllm.core.async_context import AsyncContext
     from compactor_vllm.core.async_llm import AsyncLLM
     from compactor_vllm.core.context import Context
     from compactor_vllm.core.llm_engine import LLM, LLMEngine
@@ -43,6 +44,7 @@ _MODULES = {
     "compression.compression_params": ("BatchCompressionParams", "CompressionMethod", "SequenceCompressionParams"),
     "compression.registry": ("COMPRESSION_REGISTRY", "register"),
     "config": ("AttentionBackend", "EngineConfig", "LLMConfig", "SamplingParams"),
+    "core.async_context": ("AsyncContext",),
     "core.async_llm": ("AsyncLLM",),
     "contexts.file_format": ("ContextFileError",),
     "core.context": ("Context",),
@@ -70,6 +72,7 @@ __all__ = [
     "COMPRESSION_REGISTRY",
     "LLM",
     "MODEL_REGISTRY",
+    "AsyncContext",
     "AsyncLLM",
     "AttentionBackend",
     "BaseCompressionMethod",

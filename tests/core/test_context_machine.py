@@ -140,9 +140,10 @@ class Contexts(RuleBasedStateMachine):
     @rule(data=st.data())
     def load(self, data):
         path, token_ids, kept = data.draw(st.sampled_from(self.files))
+        count = len(self.contexts)
         self.add(lambda: self.llm.load_context(path), lambda: self.roomy.load_context(path))
-        if self.contexts and self.contexts[-1][0].token_ids == token_ids:
-            assert self.contexts[-1][0].num_tokens == len(token_ids) and kept >= 0
+        for context, _ in self.contexts[count:]:
+            assert context.token_ids == token_ids and context.kept_tokens == kept
 
     @rule()
     def make_room(self):

@@ -121,6 +121,7 @@ class AsyncLLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         context: AsyncContext | None = None,
         cache_salt: str = "",
+        on_begin: Callable[[], None] | None = None,
     ) -> AsyncContext:
         """Compresses a document for later questions, while other requests go on; see `LLM.compress`.
 
@@ -128,6 +129,7 @@ class AsyncLLM:
 
         Args:
             cache_salt: see `Sequence`.
+            on_begin: called on the event loop when the engine has the document.
 
         Raises:
             RequestError, InvalidInputError: an input is wrong; nothing has run.
@@ -140,9 +142,11 @@ class AsyncLLM:
         await self.ready()
         sequence, suffix = await self._in_tokenizer_thread(lambda: self._prompts().of_document(prompt, options))
         sequence.cache_salt = cache_salt
-        return await self.compress_sequence(sequence, suffix)
+        return await self.compress_sequence(sequence, suffix, on_begin)
 
-    async def compress_sequence(self, sequence: Sequence, chat_suffix: str | None) -> AsyncContext:
+    async def compress_sequence(
+        self, sequence: Sequence, chat_suffix: str | None, on_begin: Callable[[], None] | None = None
+    ) -> AsyncContext:
         """The same for a prepared sequence that has not run, and what follows a question about it."""
         channel = Channel(asyncio.get_running_loop())
         begun: list[PendingContext] = []
@@ -157,6 +161,8 @@ class AsyncLLM:
 
         try:
             await self.run(begin)
+            if on_begin is not None:
+                on_begin()
             await channel.wait_for_end()
             return AsyncContext(self, await self.run(lambda llm: begun[0].take()))
         finally:  # calls come in order: whatever has begun has ended after this one

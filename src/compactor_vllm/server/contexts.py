@@ -47,7 +47,8 @@ class Compress(Job):
         request, work, state = self.request, self.work, self.state
         await self.start()
         prompt: Any = request.prompt if request.messages is None else template_messages(request.messages)
-        with state.gate.enter(1):
+        begun = asyncio.Event()
+        with self._entering(1):
             self._task = asyncio.ensure_future(
                 state.engine.compress(
                     prompt,
@@ -56,9 +57,12 @@ class Compress(Job):
                     work.template_kwargs,
                     None if self.stored is None else self.stored.context,
                     cache_salt=self.owner,
+                    on_begin=begun.set,
                 )
             )
-            await asyncio.wait([self._task])
+            self._task.add_done_callback(lambda task: begun.set())
+            await begun.wait()
+        await asyncio.wait([self._task])
         self._raise_if_stopped()
         context = self._task.result()
         self.log |= {"prompt_tokens": context.context.num_tokens, "kept_tokens": context.context.kept_tokens}

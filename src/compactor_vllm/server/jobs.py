@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -82,21 +83,27 @@ class Job:
             stored = state.contexts.get(self.owner, work.context_id)
             state.contexts.use(stored)
             self.stored = stored
+        with self._entering(len(work.prompts) * work.sampling.n):
+            state.jobs.add(self)
+            seconds = state.settings.request_timeout
+            timeout = ApiError(504, f"the request took longer than {seconds:g} s", code="timeout")
+            self._timer = asyncio.get_running_loop().call_later(seconds, self.stop, timeout)
+            sequences = [await self._prepare(i, prompt) for i, prompt in enumerate(work.prompts)]
+            self._raise_if_stopped()
+            for i, sequence in enumerate(sequences):
+                self.answers.append(state.engine.generate_from_sequence(sequence))
+                with _naming(i, len(sequences)):
+                    await self.answers[-1].start()
+
+    @contextmanager
+    def _entering(self, count: int) -> Iterator[None]:
+        """Holds `count` places until the engine has the sequences; counts refusals."""
         try:
-            with state.gate.enter(len(work.prompts) * work.sampling.n):
-                state.jobs.add(self)
-                seconds = state.settings.request_timeout
-                timeout = ApiError(504, f"the request took longer than {seconds:g} s", code="timeout")
-                self._timer = asyncio.get_running_loop().call_later(seconds, self.stop, timeout)
-                sequences = [await self._prepare(i, prompt) for i, prompt in enumerate(work.prompts)]
-                self._raise_if_stopped()
-                for i, sequence in enumerate(sequences):
-                    self.answers.append(state.engine.generate_from_sequence(sequence))
-                    with _naming(i, len(sequences)):
-                        await self.answers[-1].start()
+            with self.state.gate.enter(count):
+                yield
         except ApiError as error:
             if error.status == 429:
-                state.metrics.refused.labels("queue_full").inc()
+                self.state.metrics.refused.labels("queue_full").inc()
             raise
 
     async def _prepare(self, index: int, prompt: Any) -> EngineSequence:
