@@ -149,9 +149,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fa4", help="folder with FlashAttention-4's packages")
     parser.add_argument("--out", help="folder of the result file")
-    parser.add_argument("--quick", action="store_true", help="two rounds, up to 32,768 tokens")
+    parser.add_argument("--quick", action="store_true", help="up to 32,768 tokens")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds in which all contenders take turns")
     arguments = parser.parse_args()
-    rounds = 2 if arguments.quick else 5
+    rounds = arguments.rounds
     errors = {f"relative error, D {head_dim}": check(head_dim) for head_dim in (128, 64)}
     print(errors, flush=True)
     flash4 = load_flash_attention_4(arguments.fa4)

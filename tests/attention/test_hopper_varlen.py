@@ -67,6 +67,13 @@ def test_machine_code_for_shared_segments() -> None:
     check_facts(facts, loads=2, registers=232)
 
 
+def test_machine_code_of_chunk_scores() -> None:
+    (facts,) = facts_of("128:bf16:chunk")
+    assert facts["shared_bytes"] <= SHARED_LIMIT
+    assert facts["local_accesses"] == 0
+    assert facts["hgmma"] == 2 * 128 // 16
+
+
 @pytest.mark.slow
 def test_machine_code_of_the_other_configurations() -> None:
     plain = facts_of("128:bf16", "128:fp16:lse", "64:bf16", "64:fp16:lse")

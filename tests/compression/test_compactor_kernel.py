@@ -247,6 +247,19 @@ def test_default_tiles_at_full_size(device: torch.device, dtype: torch.dtype, di
         assert torch.equal(*runs) and error(runs[0], want * np.linalg.norm(wide(v), axis=-1)) < 1e-4
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("reduction", ["sum", "mean", "max"])
+@pytest.mark.parametrize("group", [1, 3, 8])
+def test_chunk_attention_of_any_group(device: torch.device, group: int, reduction: str) -> None:
+    """Odd numbers of steps, more work than programs, extreme logits, and chunks of every rest."""
+    lengths = [700, 1, 255, 256, 257, 0, 63, 64, 65, 60_000]
+    q, k, _ = (x.to(device, torch.bfloat16) for x in ref.qkv(sum(lengths), 2 * group, 2, 128))
+    borders = borders_of(lengths, device)
+    got = attention.chunk_attention_scores(q, k, borders, chunk=256, scale=1.0, reduction=reduction)
+    want = per_sequence(lengths, lambda a, b: ref.np_chunk_attention(a, b, 256, 1.0, reduction), wide(q), wide(k))
+    assert error(got, want) < 1e-4
+
+
 def test_wrong_arguments_are_named(device: torch.device) -> None:
     q, k, v = (x.to(device) for x in ref.qkv(8, 4, 2, 16))
     borders, phi = borders_of([8], device), gaussian_sketch(16, 12, device)

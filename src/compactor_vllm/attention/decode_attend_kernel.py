@@ -57,18 +57,18 @@ def attend_kernel(
     SCAN: tl.constexpr,
     BIG: tl.constexpr,
     SHARED: tl.constexpr,
+    ALONE: tl.constexpr,
     DEPENDENT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """One share of a layer's work: every (item, row tile) that cost units [first, last) touch; see decode_plan.py.
 
-    Partial results go to the workspace. Where every sequence has one segment to itself (ALONE), nothing is left to
-    merge: an item that one program works on goes straight to `out_ptr`, and whoever finishes the last piece of another
-    one merges it.
+    Partial results go to the workspace. Where every sequence is ALONE with one segment (`DecodePlan.alone`), nothing is
+    left to merge: an item that one program works on goes straight to `out_ptr`, and whoever finishes the last piece of
+    another one merges it.
     """
     GROUP: tl.constexpr = HEADS // KV_HEADS
     USERS: tl.constexpr = BLOCK_M // GROUP
-    ALONE: tl.constexpr = SEGMENTS == 1 and not SHARED
     if DEPENDENT:
         gdc_wait()
         gdc_launch_dependents()

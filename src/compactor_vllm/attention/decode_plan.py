@@ -74,6 +74,15 @@ class DecodePlan:
     big_programs: int
     config: DecodeConfig
 
+    @property
+    def alone(self) -> bool:
+        """Whether the attend kernel merges by itself: one segment a sequence, which is its own, and few pieces an item.
+
+        Of few long items one program would merge many pieces, one after another; a launch of its own does that faster.
+        """
+        items = self.num_seqs * self.num_kv_heads
+        return self.num_segments == 1 and not self.shared and 2 * items >= self.small_programs
+
 
 def plan_decode(
     seg_lens_LSK: Tensor,

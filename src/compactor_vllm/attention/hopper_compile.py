@@ -11,6 +11,7 @@ import re
 import subprocess
 import tempfile
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from typing import Any
 
 import triton
@@ -21,11 +22,11 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from compactor_vllm.attention.hopper_shared_kernel import CONSTANTS, shared_kernel
 from compactor_vllm.attention.hopper_varlen_kernel import HopperConfig, prefill_kernel
 
-__all__ = ["KernelFacts", "compile_prefill", "compile_shared", "kernel_facts"]
+__all__ = ["KernelFacts", "compile_chunk_scores", "compile_prefill", "compile_shared", "kernel_facts"]
 
 _POINTERS = {"lse": "*fp32", **dict.fromkeys(("items", "counter"), "*i32")}
 _TABLES = ("segments", "seg_lens", "head_begin", "head_order", "page_table")
-_CASES = ("128:bf16", "64:bf16", "128:fp16:lse", "128:bf16:prefix:lse", "128:bf16:shared", "64:bf16:shared")
+_CASES = ("128:bf16", "64:bf16", "128:fp16:lse", "128:bf16:prefix:lse", "128:bf16:shared", "128:bf16:chunk")
 _SCALARS = {"num_items": "i32", "scale": "fp32"}
 
 
@@ -74,6 +75,15 @@ def compile_shared(head_dim: int, dtype: str, *, group: int = 4) -> Any:
     signature |= dict.fromkeys(("num_seqs", "num_entries", "page_rows"), "i32")
     constants = {"HEADS": 8 * group, "KV_HEADS": 8, "D": head_dim, "OVERHEAD": 1, **CONSTANTS}
     return _compile(shared_kernel, signature, constants, ("q_ptr", "partial", "lse", "page_table", "entries", "plan"))
+
+
+def compile_chunk_scores(head_dim: int, dtype: str, *, chunk: int = 256) -> Any:
+    """The kernel of chunk attention scores compiled for sm_90, for 8 KV heads of 4 query heads. Needs no GPU."""
+    module = import_module("compactor_vllm.compression.hopper_chunk_kernel")  # of a package above this one
+    signature = {"q_desc": _descriptor(dtype, 64, head_dim), "k_desc": _descriptor(dtype, chunk, head_dim)}
+    signature |= {"v_ptr": f"*{dtype}", "borders": "*i32", "out": "*fp32", "num_items": "i32", "scale": "fp32"}
+    constants = {"GROUP": 4, "KV_HEADS": 8, "D": head_dim, "KEYS": chunk, "HAS_V": True, "SHARE": 1.0}
+    return _compile(module.chunk_kernel, signature, {**constants, **module.REGISTERS}, ("v_ptr", "borders", "out"))
 
 
 def _compile(kernel: Any, signature: dict[str, str], constants: dict[str, Any], aligned: tuple[str, ...]) -> Any:
@@ -157,6 +167,8 @@ def main() -> None:
         head_dim, dtype, *flags = case.split(":")
         if "shared" in flags:
             kernel = compile_shared(int(head_dim), dtype)
+        elif "chunk" in flags:
+            kernel = compile_chunk_scores(int(head_dim), dtype)
         else:
             kernel = compile_prefill(int(head_dim), dtype, has_prefix="prefix" in flags, has_lse="lse" in flags)
         print(json.dumps({"case": case, "triton": triton.__version__, **asdict(kernel_facts(kernel))}), flush=True)

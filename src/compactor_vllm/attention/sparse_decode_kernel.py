@@ -4,9 +4,9 @@ Shape suffixes: B sequences, H query heads, K KV heads, D head dimension, G segm
 
 A step is a few launches a layer, none of which depends on a length: persistent programs attend to their shares of the
 layer's KV tokens (`attend_kernel`; a second launch with larger tiles takes the segments that many sequences share),
-and `_merge_kernel` weighs the partial results by their log-sum-exp. Where every sequence has one segment to itself, the
-first launch does all. What each program does comes from a plan (decode_plan.py) that is computed on the device, for all
-layers of a step at once where the caller likes.
+and `_merge_kernel` weighs the partial results by their log-sum-exp. Where many sequences have one segment each to
+themselves, the first launch does all. What each program does comes from a plan (decode_plan.py) that is computed on the
+device, for all layers of a step at once where the caller likes.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def decode_attention(
     _attend(out, q_BHD, cache, scale, plan, words, big=False)
     if plan.has_big:
         _attend_big(out, q_BHD, cache, scale, plan, words)
-    if plan.shared or plan.num_segments > 1:
+    if not plan.alone:
         _merge(out, plan, words)
     return out
 
@@ -153,6 +153,7 @@ def _attend(
         **constants,
         BIG=big,
         SHARED=plan.shared,
+        ALONE=plan.alone,
         DEPENDENT=plan.config.dependent_launch,
         # Triton's interpreter has no bfloat16 products.
         UPCAST=q_BHD.dtype == torch.bfloat16 and not q_BHD.is_cuda,
@@ -267,6 +268,7 @@ def aot_signatures(
                     **_attend_constants(tiles, 32, 8, segments, head_dim, page_size),
                     "BIG": tiles is config.big,
                     "SHARED": segments > 1,
+                    "ALONE": segments == 1,
                     "DEPENDENT": config.dependent_launch,
                     "UPCAST": False,
                 }

@@ -105,6 +105,8 @@ def chunk_attention_scores(
         return out_TK
     if k_TKD.dtype == torch.bfloat16 and not k_TKD.is_cuda:  # Triton's interpreter has no bfloat16 products
         q_THD, k_TKD = q_THD.float(), k_TKD.float()
+    if _hopper_takes(q_THD, k_TKD, v_TKD, cu_seqlens_B1, out_TK, chunk=chunk, scale=scale, reduction=reduction):
+        return out_TK
     chunk = min(chunk, num_tokens)
     config = default_chunk_attention_config(capability_of(k_TKD.device), k_TKD.dtype, dim, chunk)
     num_seqs, key_blocks = cu_seqlens_B1.shape[0] - 1, triton.cdiv(chunk, config.keys)
@@ -130,6 +132,32 @@ def chunk_attention_scores(
         num_stages=config.num_stages,
     )
     return out_TK
+
+
+def _hopper_takes(
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor | None,
+    cu_seqlens_B1: Tensor,
+    out_TK: Tensor,
+    *,
+    chunk: int,
+    scale: float,
+    reduction: str,
+) -> bool:
+    """Has Hopper's kernel write the scores, if it applies."""
+    if capability_of(k_TKD.device) != (9, 0):
+        return False
+    from compactor_vllm.compression import hopper_chunk_kernel as hopper
+
+    if not hopper.applies(q_THD, k_TKD, v_TKD, chunk, reduction):
+        return False
+    num_chunks = max_blocks(k_TKD.shape[0], cu_seqlens_B1.shape[0] - 1, WHOLE, chunk)
+    hopper.chunk_attention_hopper(
+        q_THD, k_TKD, v_TKD, cu_seqlens_B1, out_TK,
+        chunk=chunk, num_chunks=num_chunks, scale=max(scale, 1e-30), mean=reduction == "mean",
+    )  # fmt: skip
+    return True
 
 
 @triton.jit

@@ -36,6 +36,7 @@ from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_tensor
 
 MAX_COLUMNS = 127
 _BLOCK = 512  # tokens of a program of the long path
+_FACTOR_WARPS = 8
 _SLICE, _MERGED = 16, 4  # rows of a matrix that a program merges, and blocks that it adds at a time
 _INTERPRETER_TERM = torch.float32  # Triton's interpreter has no bfloat16 products
 _KEY_TERMS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
@@ -104,7 +105,7 @@ def leverage_scores(k_TKD: Tensor, phi_DS: Tensor, cu_seqlens_B1: Tensor, *, chu
         )  # fmt: skip
     _factor_kernel[(units * num_kv_heads,)](
         cu_seqlens_B1, factors, num_seqs, unit, float(ridge),
-        NUM_KV_HEADS=num_kv_heads, COLUMNS=columns, PADDED=padded, **options,
+        NUM_KV_HEADS=num_kv_heads, COLUMNS=columns, PADDED=padded, num_warps=_FACTOR_WARPS,
     )  # fmt: skip
     _apply_kernel[grid](
         k_TKD, phi, cu_seqlens_B1, factors, out_TK, num_seqs, unit, **constants, BLOCK=_BLOCK, **options
