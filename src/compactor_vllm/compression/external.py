@@ -12,6 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import cloudpickle
+
 from compactor_vllm.errors import UnknownMethodError
 
 ENTRY_POINT_GROUP = "compactor_vllm.compression_methods"
@@ -81,6 +83,7 @@ def _load_file(path: Path, spec: str) -> ModuleType:
         if previous is not None:
             sys.modules[name] = previous
         raise UnknownMethodError(f"cannot load method {spec!r}: {_text(error)}") from error
+    cloudpickle.register_pickle_by_value(module)  # ranks of an engine cannot import it by its name
     _FILES[path] = (stamp, module)
     return module
 

@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import cloudpickle
+
 from compactor_vllm.errors import WorkerDiedError
 
 START_TIMEOUT = 300.0
@@ -112,11 +114,7 @@ def receive(connection: socket.socket) -> Any:
 
 
 def dumps(message: Any) -> bytes:
-    """A pickle of anything that a plan holds; classes that other processes cannot import travel by value."""
-    try:
-        import cloudpickle
-    except ImportError:
-        return pickle.dumps(message)
+    """A pickle of anything that a plan holds; classes of the program that runs travel by value."""
     return cloudpickle.dumps(message)
 
 
