@@ -10,60 +10,22 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from compactor_vllm.contexts.file_format import (
     ContextFileError,
     ContextHeader,
     ContextReader,
     ContextWriter,
-    Rows,
     SavedSegment,
 )
-from compactor_vllm.kv_cache.page_table import PagedKVCache
 from compactor_vllm.kv_cache.segment import Segment
-from compactor_vllm.kv_cache.transfer import addresses
 
 if TYPE_CHECKING:
     from compactor_vllm.core.context import Context
     from compactor_vllm.core.engine import Engine
 
 _NARROWER = {("bfloat16", "float32"), ("float16", "float32")}
-
-
-class _RowAccess:
-    """Rows of segments, one layer at a time."""
-
-    def __init__(self, cache: PagedKVCache, segments: list[Segment], lens_LK: list[np.ndarray]):
-        self._cache, self._segments, self._lens = cache, segments, lens_LK
-        self._of: tuple[int, int] | None = None
-        self._addresses = torch.empty(0)
-
-    def _place(self, rows: Rows) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """The table of a layer that holds rows, and their index in it."""
-        if self._of != (rows.segment, rows.layer):
-            slot, lens_K = self._segments[rows.segment].slot, self._lens[rows.segment][rows.layer]
-            self._addresses = addresses(self._cache, slot, rows.layer, lens_K)
-            self._of = (rows.segment, rows.layer)
-        layer = self._cache.layer(rows.layer)
-        tables = {
-            "k": layer.k_pages_PRD,
-            "v": layer.v_pages_PRD,
-            "positions": layer.positions_PR,
-            "scores": layer.scores_PR,
-        }
-        where = self._addresses[rows.first : rows.last]
-        return tables[rows.kind], (where // self._cache.page_size, where % self._cache.page_size)
-
-    def read(self, rows: Rows) -> Tensor:
-        table, index = self._place(rows)
-        return table[index]
-
-    def write(self, rows: Rows, data: Tensor) -> None:
-        table, index = self._place(rows)
-        table[index] = data.to(table.device, non_blocking=True).to(table.dtype)
 
 
 def save_units(context: Context, path: Path) -> Iterator[None]:
@@ -80,14 +42,13 @@ def save_units(context: Context, path: Path) -> Iterator[None]:
         pending_ids=context.pending_ids,
     )
     segments = list(context.segments)
-    lens = [engine.manager.lens(segment).copy() for segment in segments]
+    lens = [engine.manager.all_lens(segment) for segment in segments]
     saved = [SavedSegment(lens_LK=lens_LK, num_tokens=s.num_tokens) for s, lens_LK in zip(segments, lens, strict=True)]
     with engine.scheduler.reading(context):
-        access = _RowAccess(cache, segments, lens)
-        writer = ContextWriter(path, header, context.token_ids, saved, cache.layers)
+        writer = ContextWriter(path, header, context.token_ids, saved, engine.runner.all_layers)
         try:
             for rows in writer.blocks():
-                data = access.read(rows)
+                data = engine.runner.read_rows(segments[rows.segment], rows, lens[rows.segment][rows.layer])
                 if data.is_cuda:
                     host = torch.empty(data.shape, dtype=data.dtype, pin_memory=True)
                     host.copy_(data, non_blocking=True)
@@ -107,15 +68,15 @@ def load_units(engine: Engine, model: str, path: Path) -> Generator[None, None, 
     from compactor_vllm.core.context import Context
 
     manager, cache = engine.manager, engine.runner.cache
-    reader = ContextReader(path, cache.layers)
+    reader = ContextReader(path, engine.runner.all_layers)
     segments: list[Segment] = []
     try:
         _check_fit(engine, model, path, reader)
         for part in reader.segments:
-            segments.append(engine.scheduler.with_room(lambda: manager.allocate(part.lens_LK, part.num_tokens)))  # noqa: B023
-        access = _RowAccess(cache, segments, [part.lens_LK for part in reader.segments])
+            segments.append(engine.scheduler.with_room(lambda: manager.allocate_all(part.lens_LK, part.num_tokens)))  # noqa: B023
         for rows, data in reader.blocks(pinned=cache.device.type == "cuda"):
-            access.write(rows, data)
+            lens_K = reader.segments[rows.segment].lens_LK[rows.layer]
+            engine.runner.write_rows(segments[rows.segment], rows, lens_K, data.dtype, data)
             yield
         header = reader.header
         return Context(

@@ -81,6 +81,10 @@ class Follower:
             if isinstance(job, PrefillJob):
                 job.claim = None
 
+    def allocate_all(self, lens_LK: np.ndarray, num_tokens: int, ref: Ref) -> None:
+        own = self.runner.model.kv_heads.slice
+        self.things[ref.key] = self.manager.allocate_all(lens_LK[:, own], num_tokens)
+
     def audit(self) -> None:
         self.manager.check_integrity()
         counts = torch.tensor(self.manager.counts(), dtype=torch.int64, device=self.manager.cache.device)
@@ -112,6 +116,12 @@ class Follower:
 
     def shrink_segment(self, *arguments: Any) -> None:
         self.runner.shrink_segment(*self._own(arguments))
+
+    def read_rows(self, segment: Ref, *arguments: Any) -> None:
+        self.runner.read_rows(self._own(segment), *arguments)
+
+    def write_rows(self, segment: Ref, *arguments: Any) -> None:
+        self.runner.write_rows(self._own(segment), *arguments)
 
     # ---- inside --------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from compactor_vllm.compression.common import BaseCompressionMethod
+from compactor_vllm.contexts.file_format import Rows
 from compactor_vllm.core.decode_step import DecodeOutput
 from compactor_vllm.core.memory_manager import KVCacheManager
 from compactor_vllm.core.model_runner import ModelRunner
@@ -156,6 +157,27 @@ class LeadingManager:
         for manager, members, counts_BK in zip(self.ranks, own, counts_NBK, strict=True):
             manager.claim(members, layer, counts_BK)
         self.team.later("claim", self._as_refs(segments), layer, counts_NBK)
+
+    def allocate_all(self, lens_LK: np.ndarray, num_tokens: int) -> Segment:
+        """See `KVCacheManager.allocate_all`."""
+        heads, replicas = lens_LK.shape[1] // len(self.counted), len(self.ranks) // len(self.counted)
+        made: list[Segment] = []
+        try:
+            for rank, manager in enumerate(self.ranks):
+                first = rank // replicas * heads
+                made.append(manager.allocate_all(lens_LK[:, first : first + heads], num_tokens))
+        except OutOfPagesError:
+            for manager, segment in zip(self.ranks, made, strict=False):
+                manager.free(segment)
+            raise
+        self.team.later("allocate_all", lens_LK, num_tokens, self._adopt(made))
+        return made[0]
+
+    def all_lens(self, segment: Segment) -> np.ndarray:
+        """See `KVCacheManager.all_lens`."""
+        step = len(self.ranks) // len(self.counted)
+        own = self._of_rank_all(segment)[::step]
+        return np.concatenate([m.all_lens(s) for m, s in zip(self.counted, own, strict=True)], axis=1)
 
     def offload(self, segment: Segment) -> SegmentData | None:
         """See `KVCacheManager.offload`; None when any rank's host memory is full."""
@@ -346,6 +368,16 @@ class LeadingRunner(ModelRunner):
     def shrink_segment(self, segment: Segment, *arguments: Any) -> None:
         self.team.now("shrink_segment", self.keys[segment], *arguments)
         super().shrink_segment(segment, *arguments)
+
+    def read_rows(self, segment: Segment, rows: Rows, lens_K: np.ndarray) -> Tensor:
+        self.team.now("read_rows", self.keys[segment], rows, lens_K)
+        return super().read_rows(segment, rows, lens_K)
+
+    def write_rows(
+        self, segment: Segment, rows: Rows, lens_K: np.ndarray, dtype: torch.dtype, data: Tensor | None = None
+    ) -> None:
+        self.team.now("write_rows", self.keys[segment], rows, lens_K, dtype)
+        super().write_rows(segment, rows, lens_K, dtype, data)
 
     def _prompt(self, request: Request) -> PromptPlan:
         sequence = request.sequence

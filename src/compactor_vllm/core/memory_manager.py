@@ -193,6 +193,14 @@ class KVCacheManager(SegmentLayout):
         self._lay_out(segment, lens_LK, np.concatenate(segment.reserved_LP))
         return segment
 
+    def allocate_all(self, lens_LK: np.ndarray, num_tokens: int) -> Segment:
+        """As `allocate`, by the lengths of all heads: with several ranks each takes its own."""
+        return self.allocate(lens_LK, num_tokens)
+
+    def all_lens(self, segment: Segment) -> np.ndarray:
+        """Kept tokens per layer and head of a settled segment, int64 [L, K]: all heads, whatever ranks they live on."""
+        return self.lens(segment).copy()
+
     def empty_segment(self, growth_tokens: int) -> Segment:
         """A settled segment without tokens: the private tail of a sequence whose prompt is shared.
 

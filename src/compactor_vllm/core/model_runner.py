@@ -14,13 +14,16 @@ from torch import Tensor
 
 from compactor_vllm.compression.common import BaseCompressionMethod, DecodeScoringContext
 from compactor_vllm.compression.selection import all_pairs, protected_positions, select_ranks
+from compactor_vllm.contexts.file_format import Rows
 from compactor_vllm.core.decode_step import DecodeOutput, DecodeStep
 from compactor_vllm.core.memory_manager import KVCacheManager
 from compactor_vllm.core.prefill import PrefillJob
 from compactor_vllm.core.prefill_batch import PrefillItem
 from compactor_vllm.core.request import Request
+from compactor_vllm.core.row_access import RowAccess
 from compactor_vllm.core.unit_sizes import UnitSizes
 from compactor_vllm.kv_cache.gather import GatheredSegment, gather_segment
+from compactor_vllm.kv_cache.layer_cache import LayerKV
 from compactor_vllm.kv_cache.segment import Segment
 from compactor_vllm.layers.attention import LayerInfo
 from compactor_vllm.layers.kernels import Kernels
@@ -57,6 +60,7 @@ class ModelRunner:
             )
             for i, layer in enumerate(self.cache.layers)
         ]
+        self._rows = RowAccess(self.cache, model.kv_heads)
         self.step = DecodeStep(model, self.layers, kernels, self.cache, self.layer_infos, max_num_seqs)
 
     def prefill(self, requests: list[Request], sizes: UnitSizes) -> PrefillJob:
@@ -191,6 +195,24 @@ class ModelRunner:
             held = self._gather(info.index, segment)
             self._compact(info.index, segment, held, held.scores_KL, kept, protected)
         self.manager.shrink([segment])
+
+    @property
+    def all_layers(self) -> tuple[LayerKV, ...]:
+        """What each layer stores, with the heads of all ranks."""
+        heads = self.model.kv_heads
+        return self.cache.layers if heads.group.size == 1 else self.model.spec.layer_kv[: self.cache.num_layers]
+
+    @torch.inference_mode()
+    def read_rows(self, segment: Segment, rows: Rows, lens_K: np.ndarray) -> Tensor:
+        """See `RowAccess.read`."""
+        return self._rows.read(segment, rows, lens_K)
+
+    @torch.inference_mode()
+    def write_rows(
+        self, segment: Segment, rows: Rows, lens_K: np.ndarray, dtype: torch.dtype, data: Tensor | None = None
+    ) -> None:
+        """See `RowAccess.write`."""
+        self._rows.write(segment, rows, lens_K, dtype, data)
 
     def _gather(self, layer: int, segment: Segment) -> GatheredSegment:
         longest = int(self.cache.host_lens_LSK[layer, segment.slot].max())
