@@ -205,7 +205,7 @@ def _prefill(
 
 @torch.inference_mode()
 def _decode(runner: ModelRunner, rows: int) -> None:
-    runner.step.launch_idle(rows, shared=True)
+    runner.step.launch_idle(rows, several=True)
     logits_BV = runner.step.launch_idle(rows)
     params = SamplingParams(temperature=1.0, top_p=0.9)
     sample(logits_BV, SamplingBatch.build([params] * rows, [0.5] * rows, device=logits_BV.device))
