@@ -25,7 +25,8 @@ logger = logging.getLogger("compactor_vllm")
 T = TypeVar("T")
 
 _COUNT_PAGES_EVERY = 0.05
-"""Seconds between two counts of free pages while the engine works."""
+_COUNTING_SHARE = 0.02
+"""Seconds between two counts of free pages while the engine works, and most of its time that counting may take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +152,7 @@ class EngineThread:
         self._live: dict[Channel, list[Request]] = {}
         self._preempted: set[Request] = set()
         self._preemptions = 0
-        self._pages_counted = float("-inf")
+        self._next_count = float("-inf")
         self._calls: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = SimpleQueue()
         self._lock, self._accepts = Lock(), True
         self._thread = Thread(target=self._main, name="compactor-engine", daemon=True)
@@ -283,9 +284,10 @@ class EngineThread:
             self._preempted = preempted
         queue, now = list(scheduler.queue), time.perf_counter()
         free, context_bytes = self.stats.free_pages, self.stats.context_bytes
-        if not engine.has_work or now - self._pages_counted > _COUNT_PAGES_EVERY:
-            free, self._pages_counted = self.llm.free_pages, now
-            context_bytes = scheduler.contexts.resident_bytes
+        if not engine.has_work or now > self._next_count:
+            free, context_bytes = self.llm.free_pages, scheduler.contexts.resident_bytes
+            counted = time.perf_counter()
+            self._next_count = counted + max(_COUNT_PAGES_EVERY, (counted - now) / _COUNTING_SHARE)
         self.stats = EngineStats(
             running=sum(1 + len(request.siblings) for request in [*scheduler.running, *scheduler.prefilling]),
             waiting=sum(1 + len(request.siblings) for request in queue),

@@ -195,14 +195,20 @@ class PagedKVCache:
         if not len(entries):
             return
         self.host_table[entries] = pages
-        where = torch.from_numpy(entries.astype(np.int64)).to(self.device, non_blocking=True)
-        self.page_table[where] = torch.from_numpy(pages.astype(np.int32)).to(self.device, non_blocking=True)
+        where = to_device(entries.astype(np.int64), self.device)
+        self.page_table[where] = to_device(pages.astype(np.int32), self.device)
 
     def write_heads(self, slot: int, begin_LK: np.ndarray, lens_LK: np.ndarray) -> None:
         """Sets where a segment's heads begin and how long they are, in the mirrors and on the device."""
         self.host_begin_LSK[:, slot], self.host_lens_LSK[:, slot] = begin_LK, lens_LK
-        self.head_begin_LSK[:, slot] = torch.from_numpy(begin_LK.astype(np.int32)).to(self.device, non_blocking=True)
-        self.seg_lens_LSK[:, slot] = torch.from_numpy(lens_LK.astype(np.int32)).to(self.device, non_blocking=True)
+        self.head_begin_LSK[:, slot] = to_device(begin_LK.astype(np.int32), self.device)
+        self.seg_lens_LSK[:, slot] = to_device(lens_LK.astype(np.int32), self.device)
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A NumPy array on the device. Through page-locked memory: a copy from elsewhere waits for the device's stream."""
+    tensor = torch.from_numpy(array)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def page_bytes(layers: tuple[LayerKV, ...], page_size: int, dtype: torch.dtype) -> int:

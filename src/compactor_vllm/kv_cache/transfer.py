@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from compactor_vllm.kv_cache.layer_cache import LayerCache
-from compactor_vllm.kv_cache.page_table import PagedKVCache
+from compactor_vllm.kv_cache.page_table import PagedKVCache, to_device
 
 CHUNK_BYTES = 2**26
 """Moved at once. A power of two: that is what torch rounds page-locked memory up to."""
@@ -43,12 +43,6 @@ def _chunks(pool_PX: Tensor, ids: np.ndarray) -> Iterator[Tensor]:
     size = max(1, CHUNK_BYTES // pool_PX[0].nbytes)
     for begin in range(0, len(ids), size):
         yield to_device(ids[begin : begin + size].astype(np.int64), pool_PX.device)
-
-
-def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """A NumPy array on the device, without waiting for it."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def addresses(
