@@ -46,7 +46,7 @@ def test_dependencies_are_ranges_that_keep_a_working_torch() -> None:
 
 
 def test_the_extras() -> None:
-    assert set(EXTRAS) == {"server", "eval", "flash", "ray", "dev"}
+    assert set(EXTRAS) == {"server", "eval", "lm-eval", "flash", "ray", "dev"}
 
 
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])

@@ -16,6 +16,7 @@ from compactor_vllm.compression.calibration import (
     least_retention,
     load_calibrations,
     mean_nll,
+    needed_retention,
     predicted_quality,
     probe_window,
     save_calibrations,
@@ -42,29 +43,37 @@ def test_the_window_is_an_eighth_from_the_middle() -> None:
     assert mean_nll([-9.0] * 16 + [-1.0, -3.0]) == 2 and mean_nll([-1.0, -2.0]) == 1.5
 
 
+def test_the_needed_retention_is_read_off_the_measured_ones() -> None:
+    points = [(0.5, 0.9), (0.25, 0.4), (0.75, 1.2), (0.1, 0.99)]  # what rises again at the bottom is not trusted
+    assert needed_retention(points, 0.9) == 0.5 and needed_retention(points, 1e-3) == 0.1
+    assert needed_retention(points, 0.8) == pytest.approx(0.25 + 0.25 * 0.4 / 0.5)
+    assert needed_retention(points, 0.95) == pytest.approx(0.5 + 0.25 * 0.05 / 0.3)
+    assert needed_retention([(0.9, 0.5)], 0.75) == pytest.approx(0.95) and needed_retention([], 0.9) == 1
+
+
 def known(alpha: float, beta: float, noise: float = 0.0) -> list[tuple[float, float, float]]:
     rng = np.random.default_rng(3)
     return [
-        (r, x, predicted_quality(r, alpha * x + beta) + noise * rng.normal())
+        (r, x, predicted_quality(min(r + noise * rng.normal(), 1), alpha * x + beta))
         for x in np.linspace(0.2, 4, 12)
-        for r in (0.1, 0.25, 0.5, 0.75, 0.9)
+        for r in np.arange(0.02, 1, 0.02)
     ]
 
 
-@pytest.mark.parametrize(("alpha", "beta"), [(2.0, -4.0), (-1.0, 1.0), (0.0, -3.0), (6.0, 2.0)])
+@pytest.mark.parametrize(("alpha", "beta"), [(2.0, -4.0), (-1.0, 1.0), (0.0, -3.0), (3.0, 1.0)])
 def test_a_fit_finds_what_made_the_data(alpha: float, beta: float) -> None:
     found = fit("m", known(alpha, beta))
-    assert (found.alpha, found.beta) == (pytest.approx(alpha, abs=1e-3), pytest.approx(beta, abs=1e-3))
-    assert found.error < 1e-4 and found.triples == 60 and (found.lowest, found.highest) == (0.2, 4.0)
+    assert (found.alpha, found.beta) == (pytest.approx(alpha, abs=0.03), pytest.approx(beta, abs=0.05))
+    assert found.error < 2e-3 and found.triples == 12 * 49 and (found.lowest, found.highest) == (0.2, 4.0)
 
 
-def test_a_fit_of_noise_promises_too_little_rather_than_too_much() -> None:
+def test_a_fit_of_noise_keeps_too_much_rather_than_too_little() -> None:
     triples = known(2.0, -4.0, noise=0.1)
     found = fit("m", triples)
-    promised = np.array([predicted_quality(r, found.steepness(x)) for r, x, _ in triples])
-    measured = np.clip([y for *_, y in triples], 0, 1)
-    assert (promised <= measured).mean() > 0.65
-    for wrong in ([], triples[:5], [(1.0, 1.0, 1.0), (1.0, 2.0, 1.0)]):
+    contexts = {x: [(r, y) for r, other, y in triples if other == x] for _, x, _ in triples}
+    pairs = [(found.choose(x, 0.9)[0], needed_retention(points, 0.9)) for x, points in contexts.items()]
+    assert np.mean([chosen - needed for chosen, needed in pairs]) > 0.02
+    for wrong in ([], [(0.5, 1.0, 0.9), (0.7, 1.0, 0.9)], [(1.0, 1.0, 1.0), (1.0, 2.0, 1.0)]):
         with pytest.raises(InvalidInputError, match="two different contexts"):
             fit("m", wrong)
 

@@ -10,7 +10,7 @@ import torch
 
 from compactor_vllm import LLM, LLMConfig, SamplingParams, SequenceCompressionParams
 from compactor_vllm.compression import BatchCompressionParams, Compactor
-from compactor_vllm.compression.calibration import Calibration, method_label, probe_window, save_calibrations
+from compactor_vllm.compression.calibration import _SHIPPED, Calibration, method_label, probe_window, save_calibrations
 from compactor_vllm.errors import InvalidInputError
 from tests.tiny import save_tiny
 
@@ -121,3 +121,22 @@ def test_without_a_calibration_the_command_is_named(llm: LLM, tiny) -> None:
     for wrong in ({"quality": 0.9}, {"compression_ratio": "auto", "quality": 1.0}, {"compression_ratio": "most"}):
         with pytest.raises(InvalidInputError, match=r"quality|compression_ratio"):
             SequenceCompressionParams(**wrong)
+
+
+@pytest.mark.slow
+def test_the_built_in_model_comes_with_a_calibration(monkeypatch) -> None:
+    monkeypatch.setattr(
+        "compactor_vllm.compression.calibration.calibration_files",
+        lambda fingerprint: [_SHIPPED / f"{fingerprint[:16]}.json"],
+    )
+    noise = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. " * 20
+    with LLM(LLMConfig(model="smollm2-135m-instruct", device="cpu", show_progress_bar=False)) as llm:
+        found = llm.generate(
+            [noise, " ".join(str(i * i * 7919 % 100003) for i in range(150))],
+            SamplingParams(temperature=0, max_new_tokens=1),
+            BATCH,
+            SequenceCompressionParams(compression_ratio="auto"),
+            return_sequences=True,
+        )
+    assert found[0].chosen_ratio < 0.5 < found[1].chosen_ratio < 1  # repeated sentences and random numbers
+    assert all(sequence.predicted_quality >= 0.95 for sequence in found)

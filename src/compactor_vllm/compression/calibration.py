@@ -31,8 +31,11 @@ PROBE_WARM_UP = 16
 STEP = 0.01
 """Retentions are rounded up to multiples of this, so that rounding of the NLL does not change them."""
 
-CAUTION = 9.0
-"""Weight of errors by which a fit promises more than was measured, against those by which it promises less."""
+TARGETS = (0.8, 0.85, 0.9, 0.95)
+"""Qualities at which a fit is to choose the right retention."""
+
+CAUTION = 4.0
+"""Weight in a fit of choosing less than a context needs, against choosing more."""
 
 
 def probe_window(length: int) -> tuple[int, int]:
@@ -75,7 +78,7 @@ class Calibration:
         alpha, beta: of the steepness.
         lowest, highest: NLL(context) of the contexts that it was fitted on; others count as the nearest.
         triples: number of (retention, context, quality) triples.
-        error: root of their mean squared error.
+        error: root of the mean squared difference between chosen and needed retentions.
     """
 
     method: str
@@ -97,27 +100,48 @@ class Calibration:
         return retention, predicted_quality(retention, b)
 
 
+def needed_retention(points: Sequence[tuple[float, float]], quality: float) -> float:
+    """The smallest retention from which on a context's measured quality is at least `quality`.
+
+    Args:
+        points: (retention, quality) of one context, in any order, with straight lines between them and to (1, 1).
+    """
+    above = (1.0, 1.0)
+    for r, y in sorted(points, reverse=True):
+        if y < quality:
+            return r + (above[0] - r) * (quality - y) / (max(above[1], quality) - y)
+        above = (r, y)
+    return above[0]
+
+
 def fit(method: str, triples: Sequence[tuple[float, float, float]]) -> Calibration:
-    """Least squares over (retention, NLL(context), quality); promising too much weighs `CAUTION` times as much.
+    """Fits alpha and beta to (retention, NLL(context), quality), where equal NLLs mean the same context.
+
+    Minimised is the squared difference between the retention that is chosen and the one that the context needs, over
+    contexts and `TARGETS`; choosing too little weighs `CAUTION` times as much as choosing too much.
 
     Raises:
         InvalidInputError: fewer than two contexts, or no retention below 1.
     """
-    r_N, x_N, y_N = np.array(triples, dtype=np.float64).reshape(-1, 3).T
-    if len(set(x_N)) < 2 or not (r_N < 1).any():
+    contexts: dict[float, list[tuple[float, float]]] = {}
+    for r, x, y in triples:
+        contexts.setdefault(x, []).append((r, y))
+    if len(contexts) < 2 or all(r >= 1 for r, *_ in triples):
         raise InvalidInputError("a calibration needs at least two different contexts, and retentions below 1")
-    y_N = np.clip(y_N, 0.0, 1.0)
+    x_N = np.array(list(contexts))
+    needed_NQ = np.array([[needed_retention(points, q) for q in TARGETS] for points in contexts.values()])
     low, high = float(x_N.min()), float(x_N.max())
+    place_N = (x_N - low) / (high - low)
 
     # The search is for b at both ends of the range of NLL(context), which have the same scale and meaning.
     def errors(b_low: np.ndarray, b_high: np.ndarray) -> np.ndarray:
-        b_GN = b_low[:, None] + (b_high - b_low)[:, None] * (x_N - low) / (high - low)
-        b_GN = np.where(np.abs(b_GN) < 1e-6, 1e-6, b_GN)
-        return np.expm1(b_GN * r_N) / np.expm1(b_GN) - y_N
+        b_GN1 = (b_low[:, None] * (1 - place_N) + b_high[:, None] * place_N)[..., None]
+        b_GN1 = np.where(np.abs(b_GN1) < 1e-6, 1e-6, b_GN1)
+        return np.log1p(np.array(TARGETS) * np.expm1(b_GN1)) / b_GN1 - needed_NQ
 
     def loss(b_low: np.ndarray, b_high: np.ndarray) -> np.ndarray:
-        e_GN = errors(b_low, b_high)
-        return (np.where(e_GN > 0, CAUTION, 1.0) * e_GN**2).mean(1)
+        e_GNQ = errors(b_low, b_high)
+        return (np.where(e_GNQ < 0, CAUTION, 1.0) * e_GNQ**2).mean((1, 2))
 
     best, width = np.zeros(2), 60.0
     for _ in range(24):
@@ -126,15 +150,14 @@ def fit(method: str, triples: Sequence[tuple[float, float, float]]) -> Calibrati
         place = int(loss(b_low, b_high).argmin())
         best, width = np.array([b_low[place], b_high[place]]), width / 2
     alpha = float((best[1] - best[0]) / (high - low))
-    rms = float(np.sqrt((errors(best[:1], best[1:]) ** 2).mean()))
     return Calibration(
         method=method,
         alpha=alpha,
         beta=float(best[0]) - alpha * low,
         lowest=low,
         highest=high,
-        triples=len(y_N),
-        error=rms,
+        triples=len(triples),
+        error=float(np.sqrt((errors(best[:1], best[1:]) ** 2).mean())),
     )
 
 
