@@ -36,7 +36,7 @@ from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_tensor
 
 MAX_COLUMNS = 127
 _BLOCK = 512  # tokens of a program of the long path
-_FACTOR_WARPS = 8
+_FACTOR_WARPS = 4
 _SLICE, _MERGED = 16, 4  # rows of a matrix that a program merges, and blocks that it adds at a time
 _INTERPRETER_TERM = torch.float32  # Triton's interpreter has no bfloat16 products
 _KEY_TERMS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}

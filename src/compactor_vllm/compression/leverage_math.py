@@ -137,13 +137,11 @@ def whitening(gram, mean, count, ridge, COLUMNS: tl.constexpr, PADDED: tl.conste
     a = gram + tl.where(on_diagonal, ridge, 0.0)
     smallest = (diagonal + ridge) * 1e-6 + count.to(tl.float32) * mean * mean * 1e-13
     for j in range(COLUMNS):
-        # Right of the diagonal, row j is the part of column j below it; taking both spares an exchange between threads.
         pivot_row = tl.sum(tl.where((row == j)[:, None], a, 0.0), 0)
-        pivot_column = tl.sum(tl.where((row == j)[None, :], a, 0.0), 1)
         pivot = tl.sum(tl.where(row == j, pivot_row, 0.0), 0)
         least = tl.sum(tl.where(row == j, smallest, 0.0), 0)
         inverse = tl.where(pivot > least, 1.0 / tl.maximum(pivot, least), 0.0)
-        below = tl.where(row > j, pivot_column * inverse, 0.0)[:, None]
+        below = tl.where(row > j, pivot_row * inverse, 0.0)[:, None]
         a = tl.where((row == j)[None, :] & (row > j)[:, None], -below, a - below * pivot_row[None, :])
     pivots = tl.sum(tl.where(on_diagonal, a, 0.0), 1)
     scale = tl.where((pivots > smallest) & (row < COLUMNS), tl.rsqrt(tl.maximum(pivots, smallest)), 0.0)
