@@ -146,11 +146,8 @@ def test_the_map_is_what_the_cache_holds(llm: LLM, tokens: int, kind: str) -> No
         assert found.heads_L == (2, 2, 2) and both.kept_tokens == -(-int(expected.sum()) // 6)
 
 
-def test_rows_behind_the_last_one_do_not_count() -> None:
-    lens_H = np.array([0, 3, 4, 5])
-    garbage = 2**31 - 1
-    positions_NR = np.array([[5, 0, 2, garbage], [1, 3, 4, 6], [0, 1, 2, 3], [6, garbage, -1, 0]])
-    kept_HT = kept_positions(lens_H, positions_NR, 7)
+def test_positions_become_a_map_of_pairs_and_tokens() -> None:
+    kept_HT = kept_positions(np.array([0, 3, 4, 5]), np.array([5, 0, 2, 1, 3, 4, 6, 0, 1, 2, 3, 6]), 7)
     assert [np.flatnonzero(row).tolist() for row in kept_HT] == [[], [0, 2, 5], [1, 3, 4, 6], [0, 1, 2, 3, 6]]
 
 
