@@ -57,14 +57,17 @@ RATIOS = (1.0, 0.5, 0.25)
 HAS_EFFECT_ON = {
     "prebuilt": ("ruler",),
     "depths": ("needle",),
+    "questions": ("questions",),
     "target": ("label-free",),
-    "length": ("ruler", "needle", "label-free"),
+    "length": ("ruler", "needle", "infinitebench", "questions", "label-free"),
 }
 """Suites that read an option, for options that some do not."""
 
 SUITES = {
     "ruler": "RULER: needles, variable tracking, common and frequent words, question answering.",
     "needle": "One needle at every depth of texts of several lengths, for a heat-map.",
+    "infinitebench": "InfiniteBench's generated tasks: a pass key, a string of digits, a value in JSON.",
+    "questions": "Many questions about each context, which is compressed once.",
     "longbench": "LongBench v1, English and code, from the .jsonl files of its archive (--data).",
     "longbench-v2": "LongBench v2, from data.json (--data) or the hub.",
     "label-free": "The model's own predictions: NLL ratio, top-1 agreement, KL to the full cache.",
@@ -104,7 +107,7 @@ def run_suite(
     """
     from compactor_vllm.evaluation.label_free import LabelFree
     from compactor_vllm.evaluation.run_directory import RunDirectory
-    from compactor_vllm.evaluation.runner import Answers, run_grid
+    from compactor_vllm.evaluation.runner import Answers, ContextAnswers, Measure, run_grid
     from compactor_vllm.evaluation.suites import suite_sources
 
     for choice in choices:
@@ -124,10 +127,13 @@ def run_suite(
         directory = RunDirectory.create(out, run, f"predictions{name}.jsonl")
         for task, text in substitutes.items():
             err().print(f"{task}: {text}", style="dim")
+        measure: Measure = {"questions": ContextAnswers}.get(run.suite, Answers)(llm, run)
+        if run.suite == "label-free":
+            measure = LabelFree(llm, run, context_nll=context_nll)
         return run_grid(
             sources,
             run.cells(choices),
-            LabelFree(llm, run, context_nll=context_nll) if run.suite == "label-free" else Answers(llm, run),
+            measure,
             directory,
             batch_size=batch_size,
             shard=shard,
@@ -222,6 +228,7 @@ def _suite_command(suite: str) -> Callable[..., None]:
         data: own.Data = None,
         prebuilt: own.Prebuilt = None,
         depths: own.Depths = None,
+        questions: own.Questions = None,
         target: own.Target = None,
         query_aware: own.QueryAware = False,
         compression_type: own.CompressionType = "layer",
@@ -246,7 +253,7 @@ def _suite_command(suite: str) -> Callable[..., None]:
         share = None if shard is None else Shard.parse(shard)
         if suite == "ruler" and prebuilt is None:
             prebuilt = takes_prebuilt(model, length or (), task or (), data)
-        check_effects(suite, prebuilt=prebuilt, depths=depths, target=target, length=length)
+        check_effects(suite, prebuilt=prebuilt, depths=depths, questions=questions, target=target, length=length)
         config = LLMConfig(
             model=model,
             path=path,
@@ -282,6 +289,7 @@ def _suite_command(suite: str) -> Callable[..., None]:
             data=data,
             prebuilt=bool(prebuilt),
             depths=depths or 11,
+            questions=questions or 8,
             target=target or 64,
         )
         where = out or Path("runs") / f"{suite}-{model.strip('/').replace('/', '--')}"

@@ -53,6 +53,10 @@ Prebuilt = Annotated[
 Depths = Annotated[
     int | None, typer.Option("--depths", help="Rows of the heat-map. [default: 11]", rich_help_panel=_WHAT)
 ]
+Questions = Annotated[
+    int | None,
+    typer.Option("--questions", min=1, help="Questions about each context. [default: 8]", rich_help_panel=_WHAT),
+]
 Target = Annotated[
     int | None,
     typer.Option("--target", help="Tokens of a text that are predicted. [default: 64]", rich_help_panel=_WHAT),

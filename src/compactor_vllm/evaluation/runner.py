@@ -7,6 +7,7 @@ a run that is broken off compares all of them on the same samples. Prompts are m
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -266,3 +267,30 @@ class Answers:
         if sample.groups:
             record["groups"] = dict(sample.groups)
         return record
+
+
+class ContextAnswers(Answers):
+    """As `Answers`, but a context that several samples have in common is compressed once, by `LLM.compress`."""
+
+    def measure(self, pairs: Sequence[Pair]) -> list[Record]:
+        prompts = prompts_of(self._llm.tokenizer, (sample for sample, _ in pairs), self._config.query_aware)
+        groups: dict[tuple[str, float, tuple[int, ...]], list[int]] = defaultdict(list)
+        for place, (sample, cell) in enumerate(pairs):
+            prompt = prompts[id(sample)]
+            tokens = tuple(prompt.token_ids[: prompt.context_end])
+            groups[cell.choice.label, cell.retention, tokens].append(place)
+        records: dict[int, Record] = {}
+        for (*_, tokens), places in groups.items():
+            samples, cell = [pairs[place][0] for place in places], pairs[places[0]][1]
+            params = replace(cell.params(self._config, len(tokens)), context_end=None)
+            with self._llm.compress(list(tokens), batch_params(self._config), params) as context:
+                sequences = self._llm.generate(
+                    [prompts[id(sample)].token_ids[len(tokens) :] for sample in samples],
+                    [self._sampling(sample) for sample in samples],
+                    return_sequences=True,
+                    context=context,
+                )
+            check_finished(sequences)
+            found = (self._record(sample, sequence) for sample, sequence in zip(samples, sequences, strict=True))
+            records |= dict(zip(places, found, strict=True))
+        return [records[place] for place in range(len(pairs))]

@@ -53,6 +53,12 @@ def _classification(prediction: str, sample: Sample) -> float:
     return max(longbench.classification(line, reference, sample.classes) for reference in sample.answers)
 
 
+def _first_number(prediction: str, sample: Sample) -> float:
+    """InfiniteBench: whether the first run of digits is the answer."""
+    found = re.search(r"\d+", prediction)
+    return float(found is not None and found[0] == sample.answers[0])
+
+
 def _choice(prediction: str, sample: Sample) -> float:
     """LongBench v2: whether the letter of "The correct answer is (A)" is right; brackets and asterisks are optional."""
     text = prediction.replace("*", "")
@@ -72,6 +78,7 @@ SCORERS: dict[str, Scorer] = {
     "count": _best(longbench.count),
     "code_similarity": _best(longbench.code_similarity),
     "choice": _choice,
+    "first_number": _first_number,
 }
 
 REPORTED_NAMES = {"string_match_all": "string_match", "string_match_part": "string_match"}

@@ -12,6 +12,7 @@ from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.evaluation.label_free import CONTINUATION_TASK, continuation_sample
 from compactor_vllm.evaluation.runner import TaskSource
 from compactor_vllm.evaluation.tasks.haystack import load_essays
+from compactor_vllm.evaluation.tasks.infinitebench import INFINITEBENCH_TASKS, make_infinitebench_sample
 from compactor_vllm.evaluation.tasks.longbench import (
     LONGBENCH_TASKS,
     V2_TASK,
@@ -20,6 +21,8 @@ from compactor_vllm.evaluation.tasks.longbench import (
 )
 from compactor_vllm.evaluation.tasks.niah import NIAH_TASKS, make_sample
 from compactor_vllm.evaluation.tasks.prebuilt import prebuilt_samples
+from compactor_vllm.evaluation.tasks.questions import TASK as QUESTIONS_TASK
+from compactor_vllm.evaluation.tasks.questions import make_question_sample
 from compactor_vllm.evaluation.tasks.ruler import OFFLINE_TASKS, RULER_TASKS, RulerData, make_ruler_sample
 from compactor_vllm.evaluation.tasks.sample import Sample
 
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
 
 DEFAULT_LENGTH, DEFAULT_SAMPLES = 2048, 20
 
-SUITES = ("ruler", "needle", "longbench", "longbench-v2", "label-free")
+SUITES = ("ruler", "needle", "infinitebench", "questions", "longbench", "longbench-v2", "label-free")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,7 @@ class SuiteOptions:
         data: a directory of the user's; see the loaders for its files.
         prebuilt: RULER samples that were generated elsewhere, from `data` or the hub.
         depths: of the needle suite's rows.
+        questions: of the questions suite about each context.
         target: tokens that the label-free suite predicts of a text.
         max_length: of LongBench's prompts.
     """
@@ -54,6 +58,7 @@ class SuiteOptions:
     data: Path | None = None
     prebuilt: bool = False
     depths: int = 11
+    questions: int = 8
     target: int = 64
     max_length: int = 32_768
 
@@ -70,6 +75,10 @@ def suite_sources(
         return _prebuilt(options) if options.prebuilt else _ruler(tokenizer, options)
     if suite == "needle":
         return _needle(tokenizer, options)
+    if suite == "infinitebench":
+        return _infinitebench(tokenizer, options), {}
+    if suite == "questions":
+        return _questions(tokenizer, options)
     if suite == "longbench":
         return _longbench(tokenizer, options), {}
     if suite == "longbench-v2":
@@ -143,6 +152,34 @@ def _needle(tokenizer: PreTrainedTokenizerBase, options: SuiteOptions) -> tuple[
         for task in tasks
     ]
     return sources, {task: text for task in tasks if (text := data.substitute(task)) is not None}
+
+
+def _infinitebench(tokenizer: PreTrainedTokenizerBase, options: SuiteOptions) -> list[TaskSource]:
+    def make(task: str, length: int, index: int) -> Sample:
+        return make_infinitebench_sample(task, tokenizer, length=length, seed=options.seed, index=index)
+
+    count = options.samples or DEFAULT_SAMPLES
+    return [
+        TaskSource(task=task, length=length, count=count, make=partial(make, task, length))
+        for length in options.lengths or (DEFAULT_LENGTH,)
+        for task in _chosen(options, INFINITEBENCH_TASKS, INFINITEBENCH_TASKS)
+    ]
+
+
+def _questions(tokenizer: PreTrainedTokenizerBase, options: SuiteOptions) -> tuple[list[TaskSource], dict[str, str]]:
+    data, number = RulerData.load(options.data), options.questions
+
+    def make(length: int, index: int) -> Sample:
+        return make_question_sample(
+            tokenizer, length=length, questions=number, seed=options.seed, index=index, essays=data.essays
+        )
+
+    count = number * (options.samples or DEFAULT_SAMPLES)
+    sources = [
+        TaskSource(task=QUESTIONS_TASK, length=length, count=count, make=partial(make, length))
+        for length in options.lengths or (DEFAULT_LENGTH,)
+    ]
+    return sources, {} if data.essays else {QUESTIONS_TASK: "made-up prose instead of essays"}
 
 
 def _longbench(tokenizer: PreTrainedTokenizerBase, options: SuiteOptions) -> list[TaskSource]:
