@@ -10,6 +10,7 @@ import pytest
 from compactor_vllm import BatchCompressionParams, SamplingParams, SequenceCompressionParams
 from compactor_vllm.utils.sequence import Sequence
 from tests.core.test_engine import assert_all_free
+from tests.core.test_overlap import RunAhead
 
 RNG = np.random.default_rng(11)
 DOCUMENTS = [RNG.integers(0, 256, n).tolist() for n in (120, 90)]
@@ -171,6 +172,32 @@ def test_answers_are_found_as_well_as_prompts(llm, prefilled):
         assert turn == 0 or sequence.cached_tokens == (len(text) - 1 - 6) // 16 * 16
         text = text + sequence.output_token_ids + QUESTIONS[0] + [turn]
     assert len(llm._engine.scheduler.prefixes) > 2
+
+
+def test_pages_are_remembered_while_steps_run_ahead(make_llm):
+    """At every place of a page's border, with more requests than are remembered in one step."""
+    longer = SamplingParams(temperature=0, max_new_tokens=25, ignore_eos=True)
+    with make_llm() as llm, make_llm(prefix_cache=False) as without:
+        llm._engine._pace = RunAhead()
+        for length in range(10, 32):
+            prompts = [[length, i, *LONG[:length]] for i in range(6)]
+            want = tokens(plain(without, prompts, longer))
+            streams = [llm.stream(prompt, longer) for prompt in prompts]
+            while len(streams[-1].sequence.output_token_ids) < 10:
+                llm._engine.step()
+                prefixes = llm._engine.scheduler.prefixes
+                assert all(
+                    prefixes._segments[keys[-1]].num_tokens == 16 * len(keys) for keys in prefixes._runs.values()
+                )
+            [again] = plain(llm, [prompts[-1] + want[-1][:3]])
+            assert again.output_token_ids == want[-1][3:11]
+            assert again.cached_tokens in ((length + 2) // 16 * 16, (length + 4) // 16 * 16)
+            for stream in streams:
+                list(stream)
+            assert [stream.sequence.output_token_ids for stream in streams] == want
+        llm.clear_prefix_cache()
+        llm._engine._read_drawn()
+        assert_all_free(llm)
 
 
 def test_pages_behind_a_context_are_found(llm, prefilled):

@@ -104,6 +104,7 @@ class Engine:
             with self.runner.whole_step():
                 self._advance_prefill()
                 self._decode()
+                self.scheduler.lookup.catch_up()
         except WorkerDiedError as error:
             self._fail_all(error)
             raise
@@ -209,8 +210,7 @@ class Engine:
                     rows.append(job.logits[request])
         if ready:
             self._take_drawn(self._draw(ready, torch.stack(rows)))
-        for request in ready:
-            self.scheduler.remember(request)
+        self.scheduler.lookup.prefilled(ready)
 
     def _seal(self, request: Request) -> None:
         """Ends a request that wants no tokens."""
@@ -393,7 +393,7 @@ class Engine:
         request.sequence.kv_bytes = self.manager.bytes_held(request.segments)
         request.sequence.kv_bytes_full = self.manager.full_pages(max(request.computed, 1)) * self.manager.page_bytes
         if reason in ("stop", "length") and not request.seals:
-            self.scheduler.remember(request)
+            self.scheduler.lookup.remember(request)
             self._extend(request)
         self.scheduler.remove(request)
         request.finish(reason, error)

@@ -6,12 +6,17 @@ computed in the same way, cached pages that of the first tokens of a part that i
 
 from __future__ import annotations
 
+from collections import deque
+
 from compactor_vllm.contexts.prefix_cache import PrefixCache, page_keys
 from compactor_vllm.core.memory_manager import KVCacheManager
 from compactor_vllm.core.request import Request
 from compactor_vllm.errors import OutOfPagesError
 from compactor_vllm.kv_cache.segment import Segment
 from compactor_vllm.utils.context import MAX_SEGMENTS
+
+AT_ONCE = 4
+"""Requests that are remembered in one step. Each takes a part of a millisecond, or several for a very long prompt."""
 
 
 class PrefixLookup:
@@ -28,6 +33,7 @@ class PrefixLookup:
     def __init__(self, manager: KVCacheManager, prefixes: PrefixCache):
         self._manager, self._prefixes = manager, prefixes
         self.lookups = self.hits = 0
+        self._prefilled: deque[Request] = deque()
 
     def count(self, request: Request) -> None:
         """Counts a request that is about to be prefilled."""
@@ -87,6 +93,15 @@ class PrefixLookup:
         for member in members:
             member.begin_run_with(run)
 
+    def prefilled(self, requests: list[Request]) -> None:
+        """Has `catch_up` remember requests, when the device is busy and nobody waits for the host."""
+        self._prefilled.extend(request for request in requests if request.run is not None)
+
+    def catch_up(self) -> None:
+        """Remembers some of the requests that were prefilled and still run."""
+        for _ in range(min(len(self._prefilled), AT_ONCE)):
+            self.remember(self._prefilled.popleft())
+
     def remember(self, request: Request) -> None:
         """Puts the full pages of a request's run, as far as it has come, among the cached prefixes."""
         if request.run is None or request.private is None:
@@ -94,11 +109,12 @@ class PrefixLookup:
         parent, begin = request.run
         own, page_size = request.own_segments[0], self._manager.page_size
         before = 0 if request.cached_run is None else request.cached_run.num_tokens // page_size
-        pages = before + own.num_tokens // page_size
-        if pages == before:
+        if own.num_tokens < page_size:
             return
-        keys = page_keys(parent, request.tokens[begin : begin + pages * page_size], page_size)
-        if self._prefixes.find(keys[-1]) is not None:
+        tokens = request.tokens[begin : begin + before * page_size + own.num_tokens]
+        keys = page_keys(parent, tokens, page_size)
+        pages = len(keys)
+        if pages == before or self._prefixes.find(keys[-1]) is not None:
             return
         parts = [(own, pages)] if request.cached_run is None else [(request.cached_run, before), (own, pages - before)]
         while True:

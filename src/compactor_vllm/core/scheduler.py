@@ -166,10 +166,6 @@ class Scheduler:
         reading = {id(s) for request in (*self.running, *self.prefilling, *asking) for s in request.segments}
         return self.prefixes.evict_one() or self.contexts.park_one(reading)
 
-    def remember(self, request: Request) -> None:
-        """Puts the full pages of what a request keeps whole, as far as it has come, among the cached prefixes."""
-        self.lookup.remember(request)
-
     def with_room(self, take: Callable[[], T]) -> T:
         """Calls `take` until it finds room, or `make_room` has none left.
 
