@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 
-from compactor_vllm.errors import InvalidInputError
+from compactor_vllm.errors import InvalidInputError, MissingDependencyError
+from compactor_vllm.evaluation import longbench_scores as longbench
 from compactor_vllm.evaluation.longbench_scores import (
     classification,
     code_similarity,
@@ -84,3 +88,25 @@ def test_choices() -> None:
 def test_every_metric_is_between_zero_and_one() -> None:
     for metric in SCORERS:
         assert 0 <= score(sample(metric, "Paragraph 3", classes=("a", "Paragraph 3")), "Paragraph 3. x") <= 1
+
+
+def test_chinese_scores_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a segmenter that cuts at bars, so that the words are those of the test."""
+    jieba = SimpleNamespace(cut=lambda text, cut_all: iter(text.split("|")), setLogLevel=lambda level: None)
+    monkeypatch.setitem(sys.modules, "jieba", jieba)
+    # Words 北京, 是, 首都 and 上海, 是, 首都, 吗: two of three and of four in common; punctuation is no word.
+    assert longbench.qa_f1_zh("北京|是|首都|。", "上海|，|是|首都|吗|？") == pytest.approx(
+        2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4)
+    )
+    assert longbench.qa_f1_zh("ABC|、", "abc") == 1 and longbench.qa_f1_zh("。", "北京") == 0
+    assert longbench.rouge_l_zh("猫|坐|在|垫子", "猫|在|垫子") == pytest.approx(2 * 1 * 0.75 / 1.75, abs=1e-6)
+    assert longbench.retrieval_zh("段落7，不是段落8", "段落7") == 0.5 and longbench.retrieval_zh("没有", "段落7") == 0
+    monkeypatch.setitem(sys.modules, "jieba", None)
+    with pytest.raises(MissingDependencyError, match=r"compactor-vllm\[eval\]"):
+        longbench.qa_f1_zh("北京", "北京")
+
+
+def test_chinese_words_of_the_real_segmenter() -> None:
+    pytest.importorskip("jieba", reason="jieba is not installed: pip install -e '.[eval]'")
+    assert longbench.chinese_words("我来到北京清华大学") == ["我", "来到", "北京", "清华大学"]
+    assert longbench.qa_f1_zh("北京清华大学。", "我来到北京清华大学") == pytest.approx(2 * 1 * 0.5 / 1.5)

@@ -68,7 +68,7 @@ SUITES = {
     "needle": "One needle at every depth of texts of several lengths, for a heat-map.",
     "infinitebench": "InfiniteBench's generated tasks: a pass key, a string of digits, a value in JSON.",
     "questions": "Many questions about each context, which is compressed once.",
-    "longbench": "LongBench v1, English and code, from the .jsonl files of its archive (--data).",
+    "longbench": "LongBench v1 from the .jsonl files of its archive (--data).",
     "longbench-v2": "LongBench v2, from data.json (--data) or the hub.",
     "label-free": "The model's own predictions: NLL ratio, top-1 agreement, KL to the full cache.",
 }

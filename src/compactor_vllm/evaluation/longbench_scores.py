@@ -12,8 +12,17 @@ from collections import Counter
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 
+from compactor_vllm.errors import MissingDependencyError
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+# fmt: off
+_CHINESE_PUNCTUATION = (
+    "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～"
+    "｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏"
+)
+# fmt: on
+_ALL_PUNCTUATION = str.maketrans("", "", string.punctuation + _CHINESE_PUNCTUATION)
 
 
 def normalized_words(text: str) -> list[str]:
@@ -23,12 +32,49 @@ def normalized_words(text: str) -> list[str]:
 
 def qa_f1(prediction: str, reference: str) -> float:
     """F1 of the two bags of words."""
-    words, wanted = normalized_words(prediction), normalized_words(reference)
+    return _f1(normalized_words(prediction), normalized_words(reference))
+
+
+def _f1(words: Sequence[str], wanted: Sequence[str]) -> float:
     common = sum((Counter(words) & Counter(wanted)).values())
     if common == 0:
         return 0.0
     precision, recall = common / len(words), common / len(wanted)
     return 2 * precision * recall / (precision + recall)
+
+
+def chinese_words(text: str) -> list[str]:
+    """Words of a Chinese text, as the package "jieba" cuts it.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    try:
+        import jieba
+    except ImportError as error:
+        raise MissingDependencyError("Chinese tasks need jieba: pip install 'compactor-vllm[eval]'") from error
+    jieba.setLogLevel("ERROR")
+    return list(jieba.cut(text, cut_all=False))
+
+
+def qa_f1_zh(prediction: str, reference: str) -> float:
+    """F1 of the two bags of words, lower case and without punctuation."""
+    words, wanted = (
+        [plain for word in chinese_words(text) if (plain := "".join(word.lower().translate(_ALL_PUNCTUATION).split()))]
+        for text in (prediction, reference)
+    )
+    return _f1(words, wanted)
+
+
+def rouge_l_zh(prediction: str, reference: str) -> float:
+    """`rouge_l` of texts with spaces between their words."""
+    return rouge_l(" ".join(chinese_words(prediction)), " ".join(chinese_words(reference)))
+
+
+def retrieval_zh(prediction: str, reference: str) -> float:
+    """As `retrieval`, of "段落7"."""
+    found = re.search(r"段落(\d+)", reference)
+    return count(prediction, found[1]) if found else 0.0
 
 
 def rouge_l(prediction: str, reference: str) -> float:

@@ -1,4 +1,4 @@
-"""LongBench v1 (arXiv 2308.14508), its English and code tasks, and LongBench v2 (arXiv 2412.15204), from files.
+"""LongBench v1 (arXiv 2308.14508), and LongBench v2 (arXiv 2412.15204), from files.
 
 Prompts are the official ones, cut where the question begins as kvpress cuts them; the last words of a prompt
 ("Answer:") begin the answer. Data of v1 is NAME.jsonl for each task, as in its archive; that of v2 is data.json.
@@ -105,6 +105,18 @@ _RETRIEVE_QUESTION = (
     "{input}\n\nPlease enter the number of the paragraph that the abstract is from. The answer format must be like "
     '"Paragraph 1", "Paragraph 2", etc.\n\n'
 )
+_FIELDS_ZH = (
+    "阅读以下文字并用中文简短回答：\n\n{context}\n\n"
+    "现在请基于上面的文章回答下面的问题，只告诉我答案，不要输出任何其他字词。\n\n"
+)
+_ARTICLES_ZH = "请基于给定的文章回答下述问题。\n\n文章：{context}\n\n请基于上述文章回答下面的问题。\n\n"
+_QUESTION_ZH = "问题：{input}\n"
+_MEETING_ZH = "下面有一段会议记录，请你阅读后，写一段总结，总结会议的内容。\n会议记录：\n{context}\n\n"
+_NEWS_ZH = "请判断给定新闻的类别，下面是一些例子。\n\n{context}\n"
+_RETRIEVE_ZH = (
+    "以下是若干段落文字，以及其中一个段落的摘要。请确定给定的摘要出自哪一段。\n\n{context}\n\n下面是一个摘要\n\n"
+)
+_RETRIEVE_QUESTION_ZH = '{input}\n\n请输入摘要所属段落的编号。答案格式必须是"段落1"，"段落2"等格式\n\n'
 _CODE = "Please complete the code given below. \n{context}"
 _QUESTION, _SPACED_QUESTION = "Question: {input}\n", "Question: {input}\n\n"
 
@@ -127,6 +139,11 @@ LONGBENCH_TASKS: dict[str, LongBenchTask] = {
     "samsum": LongBenchTask(_DIALOGUE, "{input}", "Summary:", "rouge_l_first_line", 128, chat=False, cut="Summary:"),
     "passage_count": LongBenchTask(_COUNT, _COUNT_QUESTION, "The final answer is: ", "count", 32),
     "passage_retrieval_en": LongBenchTask(_RETRIEVE, _RETRIEVE_QUESTION, "The answer is: ", "retrieval", 32),
+    "multifieldqa_zh": LongBenchTask(_FIELDS_ZH, _QUESTION_ZH, "回答：", "qa_f1_zh", 64),
+    "dureader": LongBenchTask(_ARTICLES_ZH, _QUESTION_ZH, "回答：", "rouge_l_zh", 128),
+    "vcsum": LongBenchTask(_MEETING_ZH, "", "会议总结：", "rouge_l_zh", 512),
+    "lsht": LongBenchTask(_NEWS_ZH, "{input}", "类别：", "classification", 64, chat=False, cut="类别："),
+    "passage_retrieval_zh": LongBenchTask(_RETRIEVE_ZH, _RETRIEVE_QUESTION_ZH, "答案是：", "retrieval_zh", 32),
     "lcc": LongBenchTask(_CODE, "", "Next line of code:\n", "code_similarity", 64, chat=False),
     "repobench-p": LongBenchTask(_CODE, "{input}", "Next line of code:\n", "code_similarity", 64, chat=False),
 }
