@@ -226,15 +226,16 @@ def _write_rate(path: Path, size: int) -> float:
 
 def _read_rate(path: Path) -> float:
     """Bytes a second that as many threads as load has read in blocks, and do nothing with."""
-    size, fd = path.stat().st_size, os.open(path, os.O_RDONLY)
+    size = path.stat().st_size
 
     def read(at: int) -> None:
-        os.preadv(fd, [bytearray(min(BLOCK, size - at))], at)
+        with path.open("rb", buffering=0) as file:
+            file.seek(at)
+            file.readinto(bytearray(min(BLOCK, size - at)))
 
     began = time.perf_counter()
     with ThreadPoolExecutor(THREADS) as threads:
         list(threads.map(read, range(0, size, BLOCK)))
-    os.close(fd)
     return size / (time.perf_counter() - began)
 
 

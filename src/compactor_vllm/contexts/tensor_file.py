@@ -109,8 +109,8 @@ class TensorFileWriter:
         self._digest = _Digest(self.entries)
         self._threads = ThreadPoolExecutor(_THREADS, "compactor-context")
         self._pending: deque[Future[None]] = deque()
-        self._fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-        os.ftruncate(self._fd, at)
+        with self._temporary.open("wb") as file:
+            file.truncate(at)
 
     def put(self, name: str, first: int, rows: Tensor, ready: Callable[[], object] = lambda: None) -> None:
         """Writes the block of a tensor that begins at row `first`; waits while too many are on their way.
@@ -127,23 +127,25 @@ class TensorFileWriter:
         ready()
         data, entry = bytes_of(rows), self.entries[name]
         self._digest.add(name, first, data)
-        at = entry.offset + first * entry.row_bytes
-        while data:
-            written = os.pwrite(self._fd, data, at)
-            data, at = data[written:], at + written
+        self._put_at(entry.offset + first * entry.row_bytes, data)
+
+    def _put_at(self, offset: int, data: memoryview | bytes) -> None:
+        with self._temporary.open("r+b", buffering=0) as file:
+            file.seek(offset)
+            while data:
+                data = data[file.write(data) :]
 
     def finish(self) -> None:
         """Completes the file and puts it in its place."""
         while self._pending:
             self._pending.popleft().result()
         self._metadata["sha256"] = self._digest.hexdigest()
-        os.pwrite(self._fd, self._header(self.entries), 0)
-        os.replace(self._temporary, self.path)
+        self._put_at(0, self._header(self.entries))
+        self._temporary.replace(self.path)
 
     def close(self) -> None:
         """Drops what was not finished."""
         self._threads.shutdown(cancel_futures=True)
-        os.close(self._fd)
         self._temporary.unlink(missing_ok=True)
 
     def _header(self, entries: Mapping[str, Entry]) -> bytes:
@@ -190,8 +192,7 @@ class TensorFile:
             offset = 8 + length + field["data_offsets"][0]
             self.entries[name] = Entry(dtype=_TYPES[field["dtype"]], shape=tuple(field["shape"]), offset=offset)
         self._digest = _Digest(self.entries)
-        self._threads = ThreadPoolExecutor(_THREADS, "compactor-context")
-        self._fd = os.open(path, os.O_RDONLY)
+        self._path, self._threads = path, ThreadPoolExecutor(_THREADS, "compactor-context")
 
     def read(self, name: str) -> Tensor:
         """A small tensor, whole.
@@ -221,13 +222,14 @@ class TensorFile:
     def _read(self, name: str, first: int, last: int, pinned: bool) -> Tensor:
         entry = self.entries[name]
         rows = torch.empty((last - first, *entry.shape[1:]), dtype=entry.dtype, pin_memory=pinned)
-        data, at = bytes_of(rows), entry.offset + first * entry.row_bytes
-        left = data
-        while left:
-            count = os.preadv(self._fd, [left], at)
-            if not count:
-                raise ContextFileError("it ends too early")
-            left, at = left[count:], at + count
+        data = left = bytes_of(rows)
+        with self._path.open("rb", buffering=0) as file:
+            file.seek(entry.offset + first * entry.row_bytes)
+            while left:
+                count = file.readinto(left)
+                if not count:
+                    raise ContextFileError("it ends too early")
+                left = left[count:]
         self._digest.add(name, first, data)
         return rows
 
@@ -242,7 +244,6 @@ class TensorFile:
 
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
-        os.close(self._fd)
 
     def __enter__(self) -> TensorFile:
         return self
