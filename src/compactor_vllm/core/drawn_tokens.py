@@ -1,4 +1,4 @@
-"""Tokens on their way from the device to the host, and how far the host may run ahead of the device."""
+"""Drawing tokens, their way from the device to the host, and how far the host may run ahead of the device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compactor_vllm.core.decode_step import DecodeOutput
 from compactor_vllm.core.request import Request
+from compactor_vllm.layers.sampler import SamplingBatch, sample, uniform
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,6 +64,46 @@ class PendingTokens:
             self.sent.synchronize()
         tokens, invalid = self.values.tolist()
         return [tokens[c] for c in self.columns], [bool(invalid[c]) for c in self.columns]
+
+
+def draw_tokens(
+    requests: list[Request],
+    output: DecodeOutput | Tensor,
+    rows: list[int] | None = None,
+    drawn_B: Tensor | None = None,
+) -> PendingTokens:
+    """Draws one token for each request on the device and sends it to the host.
+
+    Args:
+        output: of a decode step, or the logits [B, V] of just these requests.
+        rows: of the requests in a decode step.
+        drawn_B: what the step drew for each row; gets the tokens.
+    """
+    params = [request.sequence.sampling_params for request in requests]
+    plain = all(p.greedy and p.logprobs is None for p in params) and not any(r.counts for r in requests)
+    if plain and isinstance(output, DecodeOutput):
+        assert rows is not None
+        pending = PendingTokens.send(requests, output.greedy_2B, rows)
+    else:
+        index = None
+        if isinstance(output, DecodeOutput):
+            index = torch.tensor(rows).to(output.logits_BV.device, non_blocking=True)
+        logits_BV = output.logits_BV[index] if isinstance(output, DecodeOutput) else output
+        batch = SamplingBatch.build(
+            params,
+            uniforms=[uniform(r.seed, len(r.sequence.output_token_ids) + r.in_flight) for r in requests],
+            counts=[request.counts for request in requests],
+            device=logits_BV.device,
+        )
+        drawn = sample(logits_BV, batch)
+        if index is not None:
+            assert drawn_B is not None
+            drawn_B[index] = drawn.token_ids_B
+        values_2B = torch.stack([drawn.token_ids_B, drawn.invalid_B.long()])
+        pending = PendingTokens.send(requests, values_2B, rows, drawn.logprobs)
+    for request in requests:
+        request.in_flight += 1
+    return pending
 
 
 class Pace:

@@ -7,17 +7,14 @@ import time
 from functools import cached_property
 
 import torch
-from torch import Tensor
 
-from compactor_vllm.core.decode_step import DecodeOutput
-from compactor_vllm.core.drawn_tokens import Pace, PendingTokens
+from compactor_vllm.core.drawn_tokens import Pace, PendingTokens, draw_tokens
 from compactor_vllm.core.model_runner import ModelRunner
 from compactor_vllm.core.prefill import PrefillJob
 from compactor_vllm.core.request import Request
 from compactor_vllm.core.scheduler import Scheduler, prune_budget
 from compactor_vllm.core.unit_sizes import INTERRUPTING_TOKENS, UnitSizes
 from compactor_vllm.errors import CompactorError, OutOfPagesError, WorkerDiedError
-from compactor_vllm.layers.sampler import SamplingBatch, sample, uniform
 from compactor_vllm.models.fingerprint import fingerprint
 from compactor_vllm.utils.sequence import FinishReason, SequenceStatus
 
@@ -209,7 +206,7 @@ class Engine:
                     ready.append(member)
                     rows.append(job.logits[request])
         if ready:
-            self._take_drawn(self._draw(ready, torch.stack(rows)))
+            self._take_drawn(draw_tokens(ready, torch.stack(rows)))
         self.scheduler.lookup.prefilled(ready)
 
     def _seal(self, request: Request) -> None:
@@ -261,7 +258,8 @@ class Engine:
             self._fail(running, error)
             return
         drawing = [row for row, r in enumerate(running) if r.computed == len(r.sequence) + r.in_flight]
-        self._drawn = self._draw([running[row] for row in drawing], output, drawing) if drawing else None
+        members, drawn_B = [running[row] for row in drawing], self.runner.step.drawn_B
+        self._drawn = draw_tokens(members, output, drawing, drawn_B) if drawing else None
         if before is not None:
             self._take_drawn(before)
         if self._drawn is not None and not self._pace.overlaps:
@@ -305,40 +303,6 @@ class Engine:
 
     # ---- results -------------------------------------------------------------------------------------------------
 
-    def _draw(
-        self, requests: list[Request], output: DecodeOutput | Tensor, rows: list[int] | None = None
-    ) -> PendingTokens:
-        """Draws one token for each request on the device and sends it to the host.
-
-        Args:
-            output: of a decode step, or the logits [B, V] of just these requests.
-            rows: of the requests in a decode step.
-        """
-        params = [request.sequence.sampling_params for request in requests]
-        plain = all(p.greedy and p.logprobs is None for p in params) and not any(r.counts for r in requests)
-        if plain and isinstance(output, DecodeOutput):
-            assert rows is not None
-            pending = PendingTokens.send(requests, output.greedy_2B, rows)
-        else:
-            index = None
-            if isinstance(output, DecodeOutput):
-                index = torch.tensor(rows).to(self.runner.device, non_blocking=True)
-            logits_BV = output.logits_BV[index] if isinstance(output, DecodeOutput) else output
-            batch = SamplingBatch.build(
-                params,
-                uniforms=[uniform(r.seed, len(r.sequence.output_token_ids) + r.in_flight) for r in requests],
-                counts=[request.counts for request in requests],
-                device=logits_BV.device,
-            )
-            drawn = sample(logits_BV, batch)
-            if index is not None:
-                self.runner.step.drawn_B[index] = drawn.token_ids_B
-            values_2B = torch.stack([drawn.token_ids_B, drawn.invalid_B.long()])
-            pending = PendingTokens.send(requests, values_2B, rows, drawn.logprobs)
-        for request in requests:
-            request.in_flight += 1
-        return pending
-
     def _read_drawn(self) -> None:
         """Reads what the last step drew, if that has not been done."""
         drawn, self._drawn = self._drawn, None
@@ -356,17 +320,13 @@ class Engine:
             if bad:
                 self._fail([request], FloatingPointError("the model's logits are not finite"))
                 continue
-            self._add_logprobs(request, drawn.logprobs[row] if drawn.logprobs else None)
+            entry = drawn.logprobs[row] if drawn.logprobs else None
+            if entry is not None:
+                request.sequence.logprobs = request.sequence.logprobs or []
+                request.sequence.logprobs.append(entry)
             if request.sequence.time_to_first_token is None:
                 request.sequence.time_to_first_token = now - request.started
             self._take(request, token)
-
-    @staticmethod
-    def _add_logprobs(request: Request, entry: dict[int, float] | None) -> None:
-        if entry is not None:
-            if request.sequence.logprobs is None:
-                request.sequence.logprobs = []
-            request.sequence.logprobs.append(entry)
 
     def _take(self, request: Request, token: int) -> None:
         """Appends a token to a request's output and ends it where it must end."""

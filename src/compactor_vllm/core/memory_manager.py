@@ -5,7 +5,7 @@ Every operation is all or nothing, and vectorised over (layer, segment, KV head)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -70,32 +70,10 @@ class KVCacheManager(SegmentLayout):
         """Pages of all layers and heads when `tokens` tokens are kept whole."""
         return int(self.prefill_pages(tokens, tokens).sum())
 
-    def kept(self, segments: Iterable[Segment]) -> int:
-        """(Token, layer, KV head) triples that settled segments keep."""
-        return sum(int(self.lens(segment).sum()) for segment in segments)
-
-    def bytes_held(self, segments: Iterable[Segment]) -> int:
-        """Bytes of the pages that the tokens of settled segments lie in."""
-        return sum(self.pages_filled(segment) for segment in segments) * self.page_bytes
-
-    def pages_freed_with(self, segments: Sequence[Segment]) -> int:
-        """Pages that would be free if nothing owned these segments, which are settled and in the pool."""
-        return self.pages.owned_by(np.concatenate([self.page_ids(s) for s in segments])) if segments else 0
-
-    @property
-    def num_heads(self) -> int:
-        """KV heads of all layers."""
-        return int(self.kv_heads_L.sum())
-
     @property
     def ranks(self) -> list[KVCacheManager]:
         """The pools of all ranks that share the heads."""
         return [self]
-
-    def counts(self) -> tuple[int, ...]:
-        """Free pages, page-table entries and slots, and kept tokens: equal counts on two ranks that did the same."""
-        kept = int(self.cache.host_lens_LSK[:, list(self._segments)].sum())
-        return self.pages.num_free, self.runs.num_free, len(self._slots), kept
 
     # ---- prefill: reserve, then settle ---------------------------------------------------------------------------
 
@@ -196,10 +174,6 @@ class KVCacheManager(SegmentLayout):
     def allocate_all(self, lens_LK: np.ndarray, num_tokens: int) -> Segment:
         """As `allocate`, by the lengths of all heads: with several ranks each takes its own."""
         return self.allocate(lens_LK, num_tokens)
-
-    def all_lens(self, segment: Segment) -> np.ndarray:
-        """Kept tokens per layer and head of a settled segment, int64 [L, K]: all heads, whatever ranks they live on."""
-        return self.lens(segment).copy()
 
     def empty_segment(self, growth_tokens: int) -> Segment:
         """A settled segment without tokens: the private tail of a sequence whose prompt is shared.

@@ -5,7 +5,7 @@ Shape suffixes: L layers, S segment slots, K KV heads.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -78,6 +78,32 @@ class SegmentLayout:
         """Page ids of a settled segment in (layer, head, rank) order."""
         begin_LK = self.cache.host_begin_LSK[:, segment.slot]
         return self.cache.host_table[ranges(begin_LK, self.cache.host_granted_LSK[:, segment.slot])]
+
+    def all_lens(self, segment: Segment) -> np.ndarray:
+        """Kept tokens per layer and head of a settled segment, int64 [L, K]: all heads, whatever ranks they live on."""
+        return self.lens(segment).copy()
+
+    def kept(self, segments: Iterable[Segment]) -> int:
+        """(Token, layer, KV head) triples that settled segments keep."""
+        return sum(int(self.lens(segment).sum()) for segment in segments)
+
+    def bytes_held(self, segments: Iterable[Segment]) -> int:
+        """Bytes of the pages that the tokens of settled segments lie in."""
+        return sum(self.pages_filled(segment) for segment in segments) * self.page_bytes
+
+    def pages_freed_with(self, segments: Sequence[Segment]) -> int:
+        """Pages that would be free if nothing owned these segments, which are settled and in the pool."""
+        return self.pages.owned_by(np.concatenate([self.page_ids(s) for s in segments])) if segments else 0
+
+    @property
+    def num_heads(self) -> int:
+        """KV heads of all layers."""
+        return int(self.kv_heads_L.sum())
+
+    def counts(self) -> tuple[int, ...]:
+        """Free pages, page-table entries and slots, and kept tokens: equal counts on two ranks that did the same."""
+        kept = int(self.cache.host_lens_LSK[:, list(self._segments)].sum())
+        return self.pages.num_free, self.runs.num_free, len(self._slots), kept
 
     def _enter(self, segment: Segment, entries: int) -> None:
         """Gives a segment a slot and a run of the page table.
