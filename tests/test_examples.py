@@ -16,6 +16,8 @@ def test_every_example_is_run_here() -> None:
     assert {file.name for file in EXAMPLES.glob("*.py")} == {
         "document_questions.py",
         "mixed_batch.py",
+        "ray_batch.py",  # these two by tests/distributed/test_ray.py
+        "ray_serve.py",
         "twenty_questions.py",
     }
 
