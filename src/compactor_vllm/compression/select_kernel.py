@@ -23,12 +23,16 @@ from torch import Tensor
 
 from compactor_vllm.compression.kernel_blocks import blocks_before, locate_block, max_blocks
 from compactor_vllm.compression.select_math import BINS, find_limit, order_in_tile, scan_tallies, tile_keys
+from compactor_vllm.compression.selection import score_order
+from compactor_vllm.distributed.group import KVHeads
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import check_tensor
 
 _TILE = 2048  # pairs that a program looks at
 _SCAN = 2048  # tallies that it adds up at once
 _MAX_HEADS = 64
+_SIGN = -(2**31)  # what tells a key from the order that `score_order` gives
+_TOP = 2**31 - 1
 
 
 def select_tokens(
@@ -40,8 +44,11 @@ def select_tokens(
     *,
     per_head: bool = False,
     floor_B: Tensor | None = None,
+    heads: KVHeads | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `selection.select_tokens`. Six launches (eleven with a floor), no host synchronisation.
+
+    Ranks that share heads exchange the histogram of each digit, and wait for how many pairs they keep.
 
     Budgets are on the device and are not read: `keep_B` must lie between a sequence's protected tokens and its
     length, and `total_pairs` must be their sum times K. A call that breaks this gets meaningless pairs.
@@ -49,8 +56,12 @@ def select_tokens(
     Raises:
         InvalidInputError: a shape, dtype or device is wrong, or there are more than 64 heads.
     """
+    if heads is not None:
+        total_pairs = total_pairs // heads.total * heads.count
     num_seqs = _check(scores_TK, cu_seqlens_B1, keep_B, protected_T, total_pairs, floor_B)
     device, num_kv_heads = scores_TK.device, scores_TK.shape[1]
+    if heads is not None and not per_head:
+        return _select_shared(scores_TK, cu_seqlens_B1, keep_B, protected_T, floor_B, heads)
     kept_idx = torch.empty(total_pairs, dtype=torch.int32, device=device)
     counts_BK = torch.zeros(num_seqs, num_kv_heads, dtype=torch.int32, device=device)
     if total_pairs == 0:
@@ -66,6 +77,45 @@ def select_tokens(
     return kept_idx, counts_BK
 
 
+def _select_shared(
+    scores_TK: Tensor,
+    cu_seqlens_B1: Tensor,
+    keep_B: Tensor,
+    protected_T: Tensor,
+    floor_B: Tensor | None,
+    heads: KVHeads,
+) -> tuple[Tensor, Tensor]:
+    """The pairs of this rank's heads; all ranks search for the last key together."""
+    (num_tokens, num_kv_heads), num_seqs = scores_TK.shape, len(keep_B)
+    search, floor = _Search(scores_TK, cu_seqlens_B1, protected_T, num_seqs), None
+    if floor_B is not None:
+        search.run(torch.minimum(floor_B, keep_B), per_head=True, floor=None)
+        floor = search.cut()
+    # A budget is taken times this rank's heads, and it is one of all heads.
+    search.run(keep_B * (heads.total // heads.count), per_head=False, floor=floor, heads=heads)
+    lengths_B = cu_seqlens_B1.diff()
+    sequences_B = torch.arange(num_seqs, device=keep_B.device)
+    sequence_T = torch.repeat_interleave(sequences_B, lengths_B, output_size=num_tokens)
+    order_TK = score_order(scores_TK).masked_fill_(protected_T[:, None], _TOP)
+    if floor is not None:
+        cut_TK, last_TK = floor[sequence_T].unbind(2)
+        cut_TK, token_T1 = cut_TK ^ _SIGN, torch.arange(num_tokens, device=keep_B.device)[:, None]
+        order_TK = order_TK.masked_fill((order_TK > cut_TK) | ((order_TK == cut_TK) & (token_T1 <= last_TK)), _TOP)
+    limit_B, need_B = search.limits.unbind(1)
+    limit_T1 = (limit_B ^ _SIGN)[sequence_T, None]
+    # Of the pairs at the limit the first ones stay, in the order of tokens and all heads.
+    equal_TK = order_TK == limit_T1
+    seen_N = heads.gather(equal_TK.to(torch.uint8)).flatten().cumsum(0)
+    before_B = torch.cat([seen_N.new_zeros(1), seen_N])[cu_seqlens_B1[:-1].long() * heads.total]
+    rank_TK = seen_N.view(num_tokens, heads.total)[:, heads.slice] - before_B[sequence_T, None]
+    kept_TK = (order_TK > limit_T1) | (equal_TK & (rank_TK <= need_B[sequence_T, None]))
+    cell_TK = sequence_T[:, None] * num_kv_heads + torch.arange(num_kv_heads, device=keep_B.device)
+    counts_BK = torch.zeros(num_seqs * num_kv_heads, dtype=torch.int32, device=keep_B.device)
+    counts_BK.scatter_add_(0, cell_TK.flatten(), kept_TK.flatten().int())
+    token_N = kept_TK.nonzero()[:, 0]
+    return token_N[cell_TK[kept_TK].argsort(stable=True)].int(), counts_BK.view(num_seqs, num_kv_heads)
+
+
 class _Search:
     """The launches of one call and their workspace."""
 
@@ -74,11 +124,14 @@ class _Search:
         self.num_tokens, self.num_kv_heads = scores_TK.shape
         self.num_seqs, self.device = num_seqs, scores_TK.device
 
-    def run(self, keep_B: Tensor, *, per_head: bool, floor: Tensor | None) -> None:
-        """Finds the last kept key of every group, and counts pairs above and at it per block and head."""
-        heads = 1 if per_head else self.num_kv_heads
-        self.splits = self.num_kv_heads // heads
-        padded = triton.next_power_of_2(heads)
+    def run(self, keep_B: Tensor, *, per_head: bool, floor: Tensor | None, heads: KVHeads | None = None) -> None:
+        """Finds the last kept key of every group, and counts pairs above and at it per block and head.
+
+        With `heads` a group's pairs are those of all ranks' heads.
+        """
+        heads_at_once = 1 if per_head else self.num_kv_heads
+        self.splits = self.num_kv_heads // heads_at_once
+        padded = triton.next_power_of_2(heads_at_once)
         block = max(16, _TILE // padded)
         self.blocks = max_blocks(self.num_tokens, self.num_seqs, block)
         groups = self.num_seqs * self.splits
@@ -88,7 +141,7 @@ class _Search:
         self.floor = floor
         self.constants = {
             "NUM_KV_HEADS": self.num_kv_heads,
-            "HEADS": heads,
+            "HEADS": heads_at_once,
             "HEADS_PADDED": padded,
             "BLOCK": block,
             "HAS_FLOOR": floor is not None,
@@ -97,6 +150,8 @@ class _Search:
         common = (*self.inputs, floor, keep_B, self.histograms, self.num_seqs, groups)
         for digit in range(3):
             _histogram_kernel[(self.blocks, self.splits)](*common, **self.constants, DIGIT=digit, num_warps=4)
+            if heads is not None:
+                heads.all_reduce_(self.histograms[digit])
         _tally_kernel[(self.blocks, self.splits)](*common, self.limits, self.tallies, **self.constants, num_warps=4)
 
     def cut(self) -> Tensor:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from compactor_vllm.compression.common import BaseCompressionMethod, ScoringContext
-from compactor_vllm.compression.selection import select_tokens
 from compactor_vllm.distributed.group import KVHeads
 from compactor_vllm.errors import CompactorError
 from compactor_vllm.kv_cache.layer_cache import LayerCache
@@ -138,7 +137,7 @@ def score_and_select(
 def _select(scores_TK: Tensor | None, group: StoreGroup, info: LayerInfo, kernels: Kernels) -> Kept:
     if group.stores_everything:
         return Kept(scores_TK=scores_TK, kept_idx=None, counts_BK=group.counts_BK)
-    select = kernels.select_tokens if info.heads is None else partial(select_tokens, heads=info.heads)
+    select = kernels.select_tokens if info.heads is None else partial(kernels.select_tokens, heads=info.heads)
     arguments = (scores_TK, group.cu_seqlens, group.keep_B, group.protected_T, group.kept_pairs)
     kept_idx, counts_BK = select(*arguments, **group.selection)
     return Kept(scores_TK=scores_TK, kept_idx=kept_idx, counts_BK=counts_BK)
