@@ -189,6 +189,7 @@ def test_a_rank_that_keeps_all_takes_free_pages(engines):
         next(stream)
         used = [rank.pages.num_owned for rank in two._engine.manager.ranks]
         assert used[1] - used[0] > 80 and two.page_imbalance > 1.0
+        assert two.describe()["page_imbalance"] == two.page_imbalance and two.describe()["ranks"] == 2
         stream.close()
         assert tokens(two, [SKEWED], [kept(0.5, LastRank())]) == tokens(one, [SKEWED], [kept(0.5, LastRank())])
     assert_all_free(two)

@@ -44,7 +44,7 @@ class LLMConfig:
         kv_cache_memory_bytes: size of the page pool; overrides the line above. On a CPU the
             default is a quarter of the free memory.
         kvcache_page_size: tokens in one page of one KV head.
-        tensor_parallel_size: ranks that share the model.
+        tensor_parallel_size: ranks that share the model; memory sizes are those of each rank.
         device: "auto", "cuda" or "cpu".
         dtype: "auto" is the checkpoint's own type on a GPU and float32 on a CPU.
         attention_backend: see `AttentionBackend`.

@@ -243,6 +243,8 @@ class LLM:
             "page_size": self.config.kvcache_page_size,
             "kernels": parts.kernels.describe(),
             "memory": dict(parts.plan.rows()),
+            "ranks": self.config.tensor_parallel_size,
+            "page_imbalance": self.page_imbalance,
         }
 
     @property
