@@ -250,6 +250,7 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
     axes.invert_yaxis()
     figure.tight_layout()
     figure.savefig(path, dpi=150)
+    pyplot.close(figure)
 
 
 def main() -> None:

@@ -313,10 +313,18 @@ def plot(rows: list[dict[str, Any]], path: str, ceiling: float) -> None:
     axes.axhline(ceiling, color="k", linestyle=":", linewidth=1)
     axes.set_xticks([i + 0.3 for i in range(len(cases))], [f"{row['batch']} x {row['tokens']}" for row in cases])
     names = ["ours, equal heads", "ours, ragged heads", "cuDNN, contiguous", "FlashAttention-2, contiguous"]
-    axes.legend([plt.Rectangle((0, 0), 1, 1, color=c) for c in ("C0", "C9", "C7", "C8")], names, fontsize=8)
+    axes.legend(
+        [plt.Rectangle((0, 0), 1, 1, color=c) for c in ("C0", "C9", "C7", "C8")],
+        names,
+        fontsize=8,
+        ncols=4,
+        loc="upper center",
+    )
+    axes.set_ylim(0, 1.15 * ceiling)
     axes.set_ylabel("GB/s of K and V read")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def main() -> None:

@@ -29,6 +29,12 @@ HEADS, KV_HEADS, PAGE = 32, 8, 128
 LENGTHS = (4096, 16384, 32768, 65536, 131072)
 VARLEN = tuple(16384 >> (i % 5) for i in range(16))
 PREFIX_TOKENS, NEW_TOKENS = 32768, 4096
+CONTENDERS = {
+    "compactor": "compactor-vllm",
+    "fa4": "FlashAttention-4",
+    "cudnn": "cuDNN through torch",
+    "fa2": "FlashAttention-2 in torch",
+}
 
 
 def random_qkv(tokens: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,12 +151,32 @@ def measure_prefix(lens_K: Sequence[int], name: str, rounds: int) -> dict[str, A
     return {"case": name, "head_dim": 128, "tokens": NEW_TOKENS, **rates(calls, flops, rounds)}
 
 
+def plot(rows: list[dict[str, Any]], path: str) -> None:
+    """TFLOP/s over the length of one sequence, D 128."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
+    shown = [row for row in rows if row["case"] == "one sequence" and row["head_dim"] == 128]
+    for name, label in CONTENDERS.items():
+        points = [(row["tokens"], row[name]) for row in shown if name in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", label=label)
+    lengths = [row["tokens"] for row in shown]
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{length // 1024}k" for length in lengths])
+    axes.set(xlabel="tokens", ylabel="TFLOP/s, causal, D 128", ylim=(0, None))
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fa4", help="folder with FlashAttention-4's packages")
     parser.add_argument("--out", help="folder of the result file")
     parser.add_argument("--quick", action="store_true", help="up to 32,768 tokens")
     parser.add_argument("--rounds", type=int, default=5, help="rounds in which all contenders take turns")
+    parser.add_argument("--plot", metavar="FILE", help="draw the rates over the length (needs matplotlib)")
     arguments = parser.parse_args()
     rounds = arguments.rounds
     errors = {f"relative error, D {head_dim}": check(head_dim) for head_dim in (128, 64)}
@@ -171,6 +197,8 @@ def main() -> None:
         rows.append(row)
         print(row, flush=True)
     print(write_results("hopper_prefill", rows, errors, arguments.out))
+    if arguments.plot:
+        plot(rows, arguments.plot)
 
 
 if __name__ == "__main__":
