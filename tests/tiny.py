@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +66,20 @@ def save_tiny(directory: Path, family: str = "llama", seed: int = 0, **changes: 
     model.save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     return model
+
+
+def save_tiny_calibration(directory: Path) -> tuple[float, float]:
+    """Calibrates COMPACTOR for the checkpoint in `directory`, the same for every context.
+
+    Returns:
+        The ratio that has quality 0.8, to the hundredth above, and its predicted quality.
+    """
+    from compactor_vllm import LLM, LLMConfig
+    from compactor_vllm.compression.calibration import Calibration, save_calibrations
+
+    b = -6.0
+    entry = Calibration(method="compactor", alpha=0.0, beta=b, lowest=0.0, highest=9.0, triples=9, error=0.1)
+    with LLM(LLMConfig(model=str(directory), device="cpu", max_model_len=64, show_progress_bar=False)) as llm:
+        save_calibrations(str(directory), llm.fingerprint, [entry], {})
+    ratio = math.ceil(100 / b * math.log(1 + 0.8 * (math.exp(b) - 1))) / 100
+    return ratio, (math.exp(b * (ratio - 1)) - math.exp(-b)) / (1 - math.exp(-b))

@@ -7,6 +7,7 @@
     │   ├── ConfigError                       an LLMConfig that cannot work here
     │   ├── CheckpointError                   a model that is missing, damaged or not supported
     │   ├── UnknownMethodError                a compression method that cannot be found or loaded
+    │   ├── NoCalibrationError                compression_ratio="auto" of a model and method that have no calibration
     │   └── RequestError                      one input of a call; `.index` says which
     ├── MissingDependencyError (ImportError)  an optional package or device that the option needs
     ├── OutOfPagesError (RuntimeError)        the page pool cannot serve an operation; it took nothing
@@ -35,6 +36,10 @@ class CheckpointError(InvalidInputError):
 
 class UnknownMethodError(InvalidInputError):
     """A compression method that is not registered or cannot be loaded."""
+
+
+class NoCalibrationError(InvalidInputError):
+    """compression_ratio="auto" needs a calibration that was not made; the message names the command that makes it."""
 
 
 class RequestError(InvalidInputError):

@@ -13,7 +13,7 @@ from compactor_vllm.cli.main import app
 from compactor_vllm.errors import CompactorError, ConfigError, RequestError
 from tests.cli.conftest import Run
 
-COMMANDS = ("demo", "generate", "chat", "compress", "ask", "serve", "models", "env", "eval", "bench")
+COMMANDS = ("demo", "generate", "chat", "compress", "ask", "serve", "calibrate", "models", "env", "eval", "bench")
 SHARED = {
     "--model",
     "--method",

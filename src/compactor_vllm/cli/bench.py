@@ -51,8 +51,16 @@ def serve(
     input_tokens: Annotated[int, typer.Option("--input-tokens", min=1, help="Of a prompt, approximately.")] = 512,
     output_tokens: Annotated[int, typer.Option("--output-tokens", min=1, help="Of an answer.")] = 64,
     ratio: Annotated[
-        float | None,
-        typer.Option("--ratio", help="Fraction of the prompt's KV cache that is KEPT. [default: the server's]"),
+        Any,
+        typer.Option(
+            "--ratio",
+            parser=options.read_ratio,
+            metavar="FRACTION|auto",
+            help="Fraction of the prompt's KV cache that is KEPT. [default: the server's]",
+        ),
+    ] = None,
+    quality: Annotated[
+        float | None, typer.Option("--quality", help="What --ratio auto aims at. [default: the server's]")
     ] = None,
     method: Annotated[str | None, typer.Option("--method", help="That compresses. [default: the server's]")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the times and the prompts.")] = 0,
@@ -70,15 +78,15 @@ def serve(
 ) -> None:
     """Measure times and throughput of a server with OpenAI's interface, at given rates of requests.
 
-    Requests come at random times (a Poisson process), with a prompt of their own each. --ratio and --method are
-    fields that only compactor-vllm knows; without them any server will do.
+    Requests come at random times (a Poisson process), with a prompt of their own each. --ratio, --quality and
+    --method are fields that only compactor-vllm knows; without them any server will do.
     """
     from compactor_vllm.cli.load import Load, arrivals
 
     rates = rate or [1.0]
     for one in rates:
         arrivals(one, 0, seed)
-    chosen = {"ratio": ratio, "method": method}
+    chosen = {"ratio": ratio, "quality": quality, "method": method}
     compression = {name: value for name, value in chosen.items() if value is not None}
     load = Load(
         url=url.rstrip("/").removesuffix("/v1"),
@@ -134,6 +142,7 @@ def show(run: dict[str, Any]) -> None:
         f"{run['output_tokens_per_second']:.1f} tokens/s written, {run['total_tokens_per_second']:.1f} in all | "
         f"{run['mean_prompt_tokens']:.0f} tokens in, {run['mean_output_tokens']:.0f} out"
         + (f", {run['mean_kept_tokens']:.0f} kept" if run["mean_kept_tokens"] else "")
+        + (f" (ratio {run['mean_chosen_ratio']:.3f} chosen)" if run["mean_chosen_ratio"] else "")
     )
     for error, count in run["errors"].items():
         console.print(f"  {count} x {error}", markup=False)

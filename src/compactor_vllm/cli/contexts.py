@@ -23,6 +23,8 @@ COMPRESS_EPILOG = """
 
     compactor-vllm compress book.txt -o book.kv --ratio 0.2
 
+    compactor-vllm compress book.txt -o book.kv --ratio auto --quality 0.9
+
     compactor-vllm ask book.kv "Who is the captain?"
 
 The file holds the kept keys and values, and works with the same weights only, on any machine.
@@ -55,6 +57,7 @@ def compress(
     method: options.Method = None,
     method_param: options.MethodParam = None,
     ratio: options.Ratio = 0.25,
+    quality: options.Quality = None,
     max_kept_tokens: options.MaxKeptTokens = None,
     protected_first: options.ProtectedFirst = 16,
     protected_last: options.ProtectedLast = 64,
@@ -68,6 +71,7 @@ def compress(
         method=method,
         method_param=method_param,
         ratio=ratio,
+        quality=quality,
         max_kept_tokens=max_kept_tokens,
         protected_first=protected_first,
         protected_last=protected_last,
@@ -101,11 +105,14 @@ def _document(llm: LLM, text: str, chat: bool | None, system: str | None) -> Any
 
 def _summary(context: Context, output: Path, seconds: float) -> str:
     share = 100 * context.kv_bytes / context.kv_bytes_full
-    return (
-        f"{context.num_tokens} tokens, {context.kept_tokens} kept per layer and head on average | "
-        f"KV cache {format_bytes(context.kv_bytes)} of {format_bytes(context.kv_bytes_full)} ({share:.0f} %) | "
-        f"{format_seconds(seconds)} | {output}: {format_bytes(output.stat().st_size)}"
-    )
+    parts = [
+        f"{context.num_tokens} tokens, {context.kept_tokens} kept per layer and head on average",
+        *runtime.choice(context.chosen_ratio, context.predicted_quality),
+        f"KV cache {format_bytes(context.kv_bytes)} of {format_bytes(context.kv_bytes_full)} ({share:.0f} %)",
+        format_seconds(seconds),
+        f"{output}: {format_bytes(output.stat().st_size)}",
+    ]
+    return " | ".join(parts)
 
 
 def ask(

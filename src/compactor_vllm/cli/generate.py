@@ -39,6 +39,10 @@ The same with another method and its option, with a method of your own, and with
 
     compactor-vllm generate "What was decided?" --file minutes.txt --max-kept-tokens 512
 
+As much of the document as 95 % of the full cache's quality needs (`calibrate` fits it to a model):
+
+    compactor-vllm generate "What was decided?" --file minutes.txt --ratio auto --quality 0.95
+
 For a program: `--json`. To continue a text instead of answering it: `--raw`.
 """
 
@@ -98,6 +102,7 @@ def generate(
     method: options.Method = None,
     method_param: options.MethodParam = None,
     ratio: options.Ratio = 1.0,
+    quality: options.Quality = None,
     max_kept_tokens: options.MaxKeptTokens = None,
     protected_first: options.ProtectedFirst = 16,
     protected_last: options.ProtectedLast = 64,
@@ -122,6 +127,7 @@ def generate(
         method=method,
         method_param=method_param,
         ratio=ratio,
+        quality=quality,
         max_kept_tokens=max_kept_tokens,
         protected_first=protected_first,
         protected_last=protected_last,
@@ -157,6 +163,7 @@ def report(answer: runtime.Answer, model: str, compression: runtime.Compression)
         "model": model,
         "method": compression.method_name,
         "compression_ratio": compression.sequence.compression_ratio,
+        "quality": compression.sequence.wanted_quality,
         "max_kept_tokens": compression.sequence.max_kept_tokens,
         **answer.as_dict(),
     }

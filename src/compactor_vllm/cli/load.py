@@ -227,6 +227,7 @@ def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     output = sum(outcome.output_tokens for outcome in good)
     total = output + sum(outcome.prompt_tokens for outcome in good)
     kept = [outcome.usage["kept_tokens"] for outcome in good if outcome.usage.get("kept_tokens")]
+    chosen = [outcome.usage["chosen_ratio"] for outcome in good if outcome.usage.get("chosen_ratio")]
     several = [outcome for outcome in good if outcome.output_tokens > 1]
     return {
         "completed": len(good),
@@ -239,6 +240,7 @@ def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "mean_prompt_tokens": sum(outcome.prompt_tokens for outcome in good) / len(good),
         "mean_output_tokens": output / len(good),
         "mean_kept_tokens": sum(kept) / len(kept) if kept else None,
+        "mean_chosen_ratio": sum(chosen) / len(chosen) if chosen else None,
         "ttft": spread([outcome.times[0] - outcome.sent for outcome in good]),
         "itl": spread([after - before for outcome in good for before, after in pairwise(outcome.times)]),
         "tpot": spread([(o.times[-1] - o.times[0]) / (o.output_tokens - 1) for o in several]),

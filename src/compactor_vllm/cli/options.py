@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,6 +20,14 @@ def _set_debug(value: bool) -> bool:
     if value:
         os.environ["COMPACTOR_DEBUG"] = "1"
     return value
+
+
+def read_ratio(text: str | float) -> float | str:
+    """A number, or "auto"; whether it is in range is for the parameters to say."""
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise typer.BadParameter(f'{text!r} is neither a number nor "auto".') from None
 
 
 Model = Annotated[
@@ -69,10 +77,22 @@ MethodParam = Annotated[
     ),
 ]
 Ratio = Annotated[
-    float,
+    Any,
     typer.Option(
         "--ratio",
-        help="Fraction of the context's KV cache that is KEPT, in (0, 1]. 1.0 keeps everything.",
+        parser=read_ratio,
+        metavar="FRACTION|auto",
+        help="Fraction of the context's KV cache that is KEPT, in (0, 1]. 1.0 keeps everything, auto infers from each "
+        "context how much --quality needs.",
+        rich_help_panel=_COMPRESSION,
+    ),
+]
+Quality = Annotated[
+    float | None,
+    typer.Option(
+        "--quality",
+        help="What --ratio auto keeps of the full cache's quality, in (0, 1); needs a calibration of the model. "
+        "[default: 0.95]",
         rich_help_panel=_COMPRESSION,
     ),
 ]

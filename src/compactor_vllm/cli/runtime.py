@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from compactor_vllm.cli.console import debugging, format_bytes, format_rate, format_seconds
 from compactor_vllm.compression.compression_params import (
@@ -66,7 +66,8 @@ class Compression:
         *,
         method: str | None,
         method_param: Sequence[str] | None = None,
-        ratio: float = 1.0,
+        ratio: float | Literal["auto"] = 1.0,
+        quality: float | None = None,
         max_kept_tokens: int | None = None,
         protected_first: int = 16,
         protected_last: int = 64,
@@ -78,6 +79,7 @@ class Compression:
         """
         sequence = SequenceCompressionParams(
             compression_ratio=ratio,
+            quality=quality,
             max_kept_tokens=max_kept_tokens,
             protected_first_tokens=protected_first,
             protected_last_tokens=protected_last,
@@ -126,6 +128,8 @@ class Answer:
     kept_fraction: float | None = None
     kv_bytes: int | None = None
     kv_bytes_full: int | None = None
+    chosen_ratio: float | None = None
+    predicted_quality: float | None = None
 
     @classmethod
     def from_sequence(cls, sequence: EngineSequence, seconds: float) -> Answer:
@@ -148,6 +152,8 @@ class Answer:
             kept_fraction=sequence.kept_fraction,
             kv_bytes=sequence.kv_bytes,
             kv_bytes_full=sequence.kv_bytes_full,
+            chosen_ratio=sequence.chosen_ratio,
+            predicted_quality=sequence.predicted_quality,
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -158,6 +164,7 @@ class Answer:
         parts = []
         if self.prompt_tokens is not None:
             parts.append(f"prompt {self.prompt_tokens} tokens, {self.kept_tokens} kept per layer and head on average")
+        parts += choice(self.chosen_ratio, self.predicted_quality)
         if self.kv_bytes is not None and self.kv_bytes_full:
             share = 100 * self.kv_bytes / self.kv_bytes_full
             parts.append(
@@ -166,6 +173,11 @@ class Answer:
         parts.append(f"first token {format_seconds(self.time_to_first_token)}")
         parts.append(f"{self.output_tokens} tokens at {format_rate(self.tokens_per_second)}")
         return " | ".join(parts)
+
+
+def choice(ratio: float | None, quality: float | None) -> list[str]:
+    """What --ratio auto chose, for a line of statistics; nothing for a fixed ratio."""
+    return [] if ratio is None else [f"ratio {ratio:g} chosen, predicted quality {quality:.3f}"]
 
 
 def _rate(count: int, first: float | None, seconds: float) -> float | None:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from compactor_vllm.compression.common import BaseCompressionMethod
-from compactor_vllm.errors import InvalidInputError
+from compactor_vllm.errors import InvalidInputError, NoCalibrationError
 from compactor_vllm.utils.builtin import cache_dir
 
 PROBE_SHARE, PROBE_LEAST, PROBE_MOST = 1 / 8, 128, 1024
@@ -199,12 +199,12 @@ def find_calibration(model: str, fingerprint: str, method: BaseCompressionMethod
     """The calibration of a method.
 
     Raises:
-        InvalidInputError: there is none; the message names the command that makes it.
+        NoCalibrationError: there is none; the message names the command that makes it.
     """
     label, known = method_label(method), load_calibrations(fingerprint)
     if label not in known:
         have = f" (there are some for {', '.join(sorted(known))})" if known else ""
-        raise InvalidInputError(
+        raise NoCalibrationError(
             f'compression_ratio="auto" needs a calibration of {model} and {label}{have}; make one: '
             f'compactor-vllm calibrate --model {model} --method "{label}"'
         )

@@ -48,6 +48,8 @@ class Context:
         kept_fraction: kept (token, layer, head) triples over all of them.
         kv_bytes: bytes of the pages that hold it.
         kv_bytes_full: bytes of the pages that a full cache of the same tokens would take.
+        chosen_ratio, predicted_quality: what compression_ratio="auto" inferred when it was compressed here, as in
+            `Sequence`; None for a fixed ratio.
         key: names it among cached prefixes.
     """
 
@@ -62,10 +64,12 @@ class Context:
         chat_suffix: str | None = None,
         chat_joint: str = "",
         pending_ids: tuple[int, ...] = (),
+        chosen: tuple[float | None, float | None] = (None, None),
     ):
         self._engine, self._model, self._closed = engine, model, False
         self.token_ids, self.segments, self.methods = token_ids, segments, methods
         self.chat_suffix, self.chat_joint, self.pending_ids = chat_suffix, chat_joint, pending_ids
+        self.chosen_ratio, self.predicted_quality = chosen
         manager, heads = engine.manager, engine.manager.num_heads
         kept = manager.kept(segments)
         self.kept_tokens, self.kept_fraction = -(-kept // heads), kept / (heads * len(token_ids))

@@ -57,6 +57,7 @@ class PendingContext:
             segments,
             (*(() if parent is None else parent.methods), text),
             chat_suffix=self._suffix,
+            chosen=(sequence.chosen_ratio, sequence.predicted_quality),
         )
 
     def cancel(self) -> None:

@@ -48,6 +48,8 @@ class StoredContext:
             kept_tokens=held.kept_tokens,
             kv_bytes=held.kv_bytes,
             kv_bytes_full=held.kv_bytes_full,
+            chosen_ratio=held.chosen_ratio,
+            predicted_quality=held.predicted_quality,
             offloaded=held.offloaded,
             chat=held.chat_suffix is not None,
         )

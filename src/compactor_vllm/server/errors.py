@@ -14,6 +14,7 @@ from compactor_vllm.errors import (
     EngineClosedError,
     InvalidInputError,
     MissingDependencyError,
+    NoCalibrationError,
     UnknownMethodError,
 )
 
@@ -76,6 +77,10 @@ def as_api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, UnknownMethodError):
         return ApiError(400, str(error), param="compression.method", code="unknown_method")
+    if isinstance(error, NoCalibrationError):  # whose message may show where the model's files lie
+        message = 'ratio "auto" needs a calibration of this model and method; who runs the server makes it: '
+        command = "compactor-vllm calibrate --model MODEL --method METHOD"
+        return ApiError(400, message + command, param="compression.ratio", code="no_calibration")
     if isinstance(error, InvalidInputError | MissingDependencyError):
         return ApiError(400, str(error))
     if isinstance(error, EngineClosedError):

@@ -198,6 +198,8 @@ class Job:
             kv_bytes=_sum([sequence.kv_bytes for sequence in every]),
             kv_bytes_full=_sum([sequence.kv_bytes_full for sequence in every]),
             cached_tokens=cached,
+            chosen_ratio=_mean([sequence.chosen_ratio for sequence in first]),
+            predicted_quality=_mean([sequence.predicted_quality for sequence in first]),
             prompt_tokens_details=CachedTokens(cached_tokens=cached),
         )
 
@@ -252,7 +254,7 @@ class _naming:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._prefix and isinstance(error, InvalidInputError):
-            raise InvalidInputError(self._prefix + str(error)) from error
+            raise type(error)(self._prefix + str(error)) from error
 
 
 async def _merge(answers: Sequence[AsyncAnswer]) -> AsyncIterator[tuple[int, StreamChunk]]:
@@ -272,6 +274,11 @@ async def _merge(answers: Sequence[AsyncAnswer]) -> AsyncIterator[tuple[int, Str
     finally:
         for task in pending:
             task.cancel()
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _sum(values: list[int | None]) -> int | None:

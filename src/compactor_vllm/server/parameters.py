@@ -9,6 +9,7 @@ from typing import Any
 
 from compactor_vllm.compression.common import BaseCompressionMethod
 from compactor_vllm.compression.compression_params import (
+    AUTO,
     BatchCompressionParams,
     CompressionMethod,
     SequenceCompressionParams,
@@ -100,9 +101,12 @@ def compression_params(
     """
     options = options or CompressionOptions()
     own_budget = options.ratio is not None or options.max_kept_tokens is not None
+    ratio = (options.ratio or 1.0) if own_budget else defaults.compression_ratio
+    quality = defaults.quality if options.quality is None and ratio == AUTO else options.quality
     first, last = options.protected_first_tokens, options.protected_last_tokens
     sequence = SequenceCompressionParams(
-        compression_ratio=(options.ratio or 1.0) if own_budget else defaults.compression_ratio,
+        compression_ratio=ratio,
+        quality=quality,
         max_kept_tokens=options.max_kept_tokens if own_budget else defaults.max_kept_tokens,
         protected_first_tokens=defaults.protected_first_tokens if first is None else first,
         protected_last_tokens=defaults.protected_last_tokens if last is None else last,

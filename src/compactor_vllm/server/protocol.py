@@ -53,7 +53,12 @@ class CompressionOptions(ApiModel):
     type: Literal["layer", "head"] | None = Field(
         default=None, description="whether the heads of a layer share one budget"
     )
-    ratio: Annotated[float, Field(gt=0, le=1)] | None = Field(default=None, description="fraction that is KEPT")
+    ratio: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] | None = Field(
+        default=None, description='fraction that is KEPT; "auto" infers from the context what `quality` needs'
+    )
+    quality: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description='what ratio="auto" keeps of the full cache\'s quality'
+    )
     max_kept_tokens: PositiveInt | None = None
     protected_first_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     protected_last_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None

@@ -22,6 +22,7 @@ class Usage(BaseModel):
         kept_tokens: prompt tokens kept per layer and KV head, mean rounded up: compares with `prompt_tokens`.
         kv_bytes, kv_bytes_full: of the pages that the caches held, and that full caches would have held.
         cached_tokens: prompt tokens that were not computed again.
+        chosen_ratio, predicted_quality: of ratio="auto", the mean over the prompts; null for a fixed ratio.
     """
 
     prompt_tokens: int
@@ -31,6 +32,8 @@ class Usage(BaseModel):
     kv_bytes: int | None
     kv_bytes_full: int | None
     cached_tokens: int
+    chosen_ratio: float | None
+    predicted_quality: float | None
     prompt_tokens_details: CachedTokens
 
 
@@ -176,6 +179,7 @@ class ContextObject(BaseModel):
         prompt_tokens: that it stands for.
         kept_tokens: per layer and KV head, mean rounded up.
         kv_bytes, kv_bytes_full: of the pages that hold it, and that a full cache would take.
+        chosen_ratio, predicted_quality: of ratio="auto"; null for a fixed ratio.
         offloaded: whether it waits in host memory at present.
         chat: whether questions are messages; else they are text.
     """
@@ -190,6 +194,8 @@ class ContextObject(BaseModel):
     kept_tokens: int
     kv_bytes: int
     kv_bytes_full: int
+    chosen_ratio: float | None
+    predicted_quality: float | None
     offloaded: bool
     chat: bool
 

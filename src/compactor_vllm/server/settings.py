@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from compactor_vllm.compression.compression_params import SequenceCompressionParams
 from compactor_vllm.errors import ConfigError
@@ -22,8 +22,8 @@ class Defaults:
         method: compression method (a registered name, "package.module:Class" or "file.py:Class"); None is COMPACTOR
             for what drops something, else NONE.
         method_params: options of `method`.
-        compression_type, compression_ratio, max_kept_tokens, protected_first_tokens, protected_last_tokens: as in
-            `BatchCompressionParams` and `SequenceCompressionParams`.
+        compression_type, compression_ratio, quality, max_kept_tokens, protected_first_tokens, protected_last_tokens:
+            as in `BatchCompressionParams` and `SequenceCompressionParams`.
     """
 
     temperature: float = 1.0
@@ -31,7 +31,8 @@ class Defaults:
     method: str | None = None
     method_params: Mapping[str, Any] = field(default_factory=dict)
     compression_type: str = "layer"
-    compression_ratio: float = 1.0
+    compression_ratio: float | Literal["auto"] = 1.0
+    quality: float | None = None
     max_kept_tokens: int | None = None
     protected_first_tokens: int = 16
     protected_last_tokens: int = 64
@@ -39,6 +40,7 @@ class Defaults:
     def __post_init__(self) -> None:
         SequenceCompressionParams(
             compression_ratio=self.compression_ratio,
+            quality=self.quality,
             max_kept_tokens=self.max_kept_tokens,
             protected_first_tokens=self.protected_first_tokens,
             protected_last_tokens=self.protected_last_tokens,
