@@ -115,7 +115,8 @@ class Team:
         finally:
             listener.close()
         self.group = TorchGroup(self._store, 0, size, device, local=not launched)
-        self._end = weakref.finalize(self, _end_ranks, self._connections, self._processes)
+        self._ending = threading.Event()
+        self._end = weakref.finalize(self, _end_ranks, self._ending, self.group, self._connections, self._processes)
         self._watch = threading.Thread(target=self._watch_ranks, name="compactor-ranks", daemon=True)
         self._watch.start()
         atexit.register(self._end)
@@ -162,10 +163,9 @@ class Team:
 
     def close(self) -> None:
         """Ends the ranks and waits until they are gone. Calling it again does nothing."""
-        failed, self.failure = self.failure is not None, self.failure or "this engine is closed; make a new LLM"
-        if self._end.alive and not failed:
-            self.group.close()
+        self.failure = self.failure or "this engine is closed; make a new LLM"
         self._end()
+        self._watch.join()
 
     # ---- inside --------------------------------------------------------------------------------------------------
 
@@ -176,7 +176,7 @@ class Team:
 
     def _watch_ranks(self) -> None:
         """In a thread: waits until a rank reports a failure or is gone."""
-        while self.failure is None:
+        while self.failure is None and not self._ending.is_set():
             try:
                 ready, _, _ = select.select(self._connections, [], [], 0.5)
             except (OSError, ValueError):
@@ -187,7 +187,7 @@ class Team:
                     text = connection.recv(1 << 16, socket.MSG_WAITALL).decode(errors="replace")
                 except OSError:
                     text = ""
-                if self.failure is None:
+                if self.failure is None and not self._ending.is_set():
                     self._fail(f"rank {rank} has failed:\n{text}" if text else f"rank {rank} has died")
                 return
 
@@ -336,9 +336,16 @@ def _spawn(seat: Seat, size: int, entry: str, payload: Any) -> subprocess.Popen[
     return process
 
 
-def _end_ranks(connections: list[socket.socket], processes: list[subprocess.Popen[bytes]]) -> None:
+def _end_ranks(
+    ending: threading.Event,
+    group: Group,
+    connections: list[socket.socket],
+    processes: list[subprocess.Popen[bytes]],
+) -> None:
+    ending.set()  # from now on it is no failure that ranks end
     with suppress(WorkerDiedError):
         send(connections, "end")
+    group.close()
     for connection in connections:
         connection.close()
     deadline = time.monotonic() + END_TIMEOUT
