@@ -52,9 +52,16 @@ def script(tmp_path: Path, text: str, model: Path, *launcher: str) -> subprocess
     )
 
 
+def is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def assert_gone(pids: list[int], seconds: float = 10.0) -> None:
     deadline = time.monotonic() + seconds
-    while alive := [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]:
+    while alive := [pid for pid in pids if is_alive(pid)]:
         assert time.monotonic() < deadline, f"{alive} are still there"
         time.sleep(0.1)
 
