@@ -210,8 +210,14 @@ def test_page_ids_beyond_32_bits_of_elements(device: torch.device) -> None:
     for page, source in zip(pages, (case.cache.k_pages_PRD, case.cache.v_pages_PRD), strict=True):
         page.copy_(source[case.cache.page_table[torch.tensor([1, 2, 4])].long()])
     table = torch.tensor([9, 0, 1, 9, 2], dtype=torch.int32, device=device)
-    far = dataclasses.replace(case.cache, k_pages_PRD=pages[0], v_pages_PRD=pages[1], page_table=table)
-    far = dataclasses.replace(far, positions_PR=far.positions_PR[:3], scores_PR=far.scores_PR[:3])
+    far = dataclasses.replace(
+        case.cache,
+        k_pages_PRD=pages[0],
+        v_pages_PRD=pages[1],
+        page_table=table,
+        positions_PR=case.cache.positions_PR[:3],
+        scores_PR=case.cache.scores_PR[:3],
+    )
     moved = RaggedCase(far, case.keys, case.values)
     segments = segments_table([[0], [1]], device, columns=1)
     _assert_close(moved, segments, *_run(moved, segments, 1))

@@ -40,8 +40,18 @@ def test_wrong_arguments_are_named(device: torch.device) -> None:
     store_cases.check_errors(reference, device)
 
 
-def test_a_broken_cache_is_named(device: torch.device) -> None:
-    cache = dataclasses.replace(store_cases.make_cache(device), scores_PR=torch.zeros(64, 16, dtype=torch.float64))
-    k, v, positions, _ = store_cases.random_rows(cache, 1, torch.float32)
-    with pytest.raises(InvalidInputError, match=r"cache\.scores_PR"):
-        reference.append(cache, k, v, positions, torch.zeros(1, dtype=torch.int32, device=device))
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("scores_PR", torch.zeros(64, 16, dtype=torch.float64)),
+        ("seg_lens_SK", torch.zeros(1, 1, dtype=torch.int64)),
+        ("k_pages_PRD", torch.zeros(64, 8, 16)),
+        ("v_pages_PRD", torch.zeros(64, 16, 32)[..., ::2]),
+        ("page_table", torch.zeros(4, 4, dtype=torch.int32)),
+        ("page_size", 0),
+    ],
+)
+def test_a_cache_that_does_not_fit_together_is_refused(name: str, value: object) -> None:
+    cache = store_cases.make_cache(torch.device("cpu"))
+    with pytest.raises(InvalidInputError, match=f"^{name} must"):
+        dataclasses.replace(cache, **{name: value})

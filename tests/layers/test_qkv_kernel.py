@@ -308,7 +308,6 @@ def test_wrong_arguments_are_named(device: torch.device) -> None:
     append: list[tuple[str, dict[str, Any]]] = [
         ("cache.k_pages_PRD", {"cache": dataclasses.replace(cache, k_pages_PRD=narrow["k_pages_PRD"])}),
         ("cache.v_pages_PRD", {"cache": dataclasses.replace(cache, v_pages_PRD=narrow["v_pages_PRD"])}),
-        ("cache.seg_lens_SK", {"cache": dataclasses.replace(cache, seg_lens_SK=cache.seg_lens_SK.long())}),
         ("positions_B", {"positions": positions[1:]}),
         ("slots_B", {"slots": slots.long()}),
         ("cos_PF", {"cos_PF": good["cos_PF"][:5], "sin_PF": good["sin_PF"][:5], "angles_by_row": True}),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compactor_vllm.attention.ragged_prefix import RaggedPrefix
 from compactor_vllm.errors import InvalidInputError
-from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_cache, check_tensor
+from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_tensor
 from compactor_vllm.kv_cache.layer_cache import LayerCache
 
 __all__ = ["check_count", "check_heads", "check_prefill_arguments", "check_segments"]
@@ -78,7 +78,6 @@ def check_segments(
     name: str, segments_BG: Tensor, num_seqs: int, cache: LayerCache, q: Tensor, num_kv_heads: int
 ) -> None:
     """Checks a layer's cache and the segments that the sequences of queries `q` [rows, H, D] attend to."""
-    check_cache(cache)
     check_tensor(name, segments_BG, (num_seqs, None), (torch.int32,), q.device)
     for field, pages in (("k_pages_PRD", cache.k_pages_PRD), ("v_pages_PRD", cache.v_pages_PRD)):
         if pages.dtype != q.dtype or pages.device != q.device or pages.shape[2] != q.shape[2]:

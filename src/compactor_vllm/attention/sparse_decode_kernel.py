@@ -32,7 +32,7 @@ from compactor_vllm.attention.decode_plan_kernel import (
     plan_kernel,
 )
 from compactor_vllm.errors import InvalidInputError
-from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_cache, check_tensor
+from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_tensor
 from compactor_vllm.kv_cache.layer_cache import LayerCache
 
 __all__ = ["DecodePlan", "aot_signatures", "decode_attention", "plan_decode"]
@@ -101,7 +101,6 @@ def _check(
     plan: DecodePlan | None,
     layer: int,
 ) -> Tensor:
-    check_cache(cache)
     device = cache.page_table.device
     check_tensor("q_BHD", q_BHD, (None, None, None), FLOAT_TYPES, device)
     B, H, D = q_BHD.shape

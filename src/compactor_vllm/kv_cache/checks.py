@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from compactor_vllm.errors import InvalidInputError
-from compactor_vllm.kv_cache.layer_cache import LayerCache
+
+if TYPE_CHECKING:
+    from compactor_vllm.kv_cache.layer_cache import LayerCache
 
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -22,6 +26,19 @@ def check_tensor(
 
     A None in `shape` allows any size of that dimension.
     """
+    check_kind(name, tensor, shape, dtypes, device)
+    if not tensor.is_contiguous():
+        raise InvalidInputError(f"{name} must be contiguous; its strides are {tensor.stride()}")
+
+
+def check_kind(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int | None, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device | None = None,
+) -> None:
+    """As `check_tensor`, for any strides."""
     if not isinstance(tensor, Tensor):
         raise InvalidInputError(f"{name} must be a tensor, not {type(tensor).__name__}")
     _check_shape(name, tensor, shape)
@@ -29,49 +46,18 @@ def check_tensor(
         raise InvalidInputError(f"{name} must have dtype {' or '.join(map(str, dtypes))}, not {tensor.dtype}")
     if device is not None and tensor.device != device:
         raise InvalidInputError(f"{name} must be on {device}, not on {tensor.device}")
-    if not tensor.is_contiguous():
-        raise InvalidInputError(f"{name} must be contiguous; its strides are {tensor.stride()}")
-
-
-def check_cache(cache: LayerCache) -> None:
-    """Raises InvalidInputError unless the cache's tensors fit together (contents are not read)."""
-    device, page_size = cache.page_table.device, cache.page_size
-    if page_size < 1:
-        raise InvalidInputError(f"cache.page_size must be positive, not {page_size}")
-    num_pages = cache.positions_PR.shape[0]
-    check_tensor("cache.page_table", cache.page_table, (None,), (torch.int32,))
-    segments = tuple(cache.head_begin_SK.shape)
-    for name, tensor, shape, dtypes in (
-        ("cache.head_begin_SK", cache.head_begin_SK, (None, None), (torch.int32,)),
-        ("cache.seg_lens_SK", cache.seg_lens_SK, segments, (torch.int32,)),
-        ("cache.positions_PR", cache.positions_PR, (num_pages, page_size), (torch.int32,)),
-        ("cache.scores_PR", cache.scores_PR, (num_pages, page_size), (torch.float32,)),
-        ("cache.k_pages_PRD", cache.k_pages_PRD, (num_pages, page_size, None), FLOAT_TYPES),
-        ("cache.v_pages_PRD", cache.v_pages_PRD, (num_pages, page_size, None), FLOAT_TYPES),
-    ):
-        _check_view(name, tensor, shape, dtypes, device)
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
-    if len(shape) != tensor.dim() or any(
-        size not in (None, got) for size, got in zip(shape, tensor.shape, strict=True)
-    ):
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise InvalidInputError(f"{name} must have shape [{wanted}], not {list(tensor.shape)}")
-
-
-def _check_view(
-    name: str, view: Tensor, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
-) -> None:
-    """Like `check_tensor`, but the items of the first dimension may lie apart; each is contiguous."""
-    _check_shape(name, view, shape)
-    if view.dtype not in dtypes or view.device != device:
-        raise InvalidInputError(
-            f"{name} must be {' or '.join(map(str, dtypes))} on {device}, not {view.dtype} on {view.device}"
-        )
-    inner = view.stride()[1:]
-    if inner not in ((1,), (view.shape[-1], 1)):
-        raise InvalidInputError(f"{name} must be contiguous but for its first dimension; strides are {view.stride()}")
+    has = tensor.shape
+    if len(has) == len(shape):
+        for size, got in zip(shape, has, strict=True):  # a plain loop: this runs thousands of times a prefill
+            if size is not None and size != got:
+                break
+        else:
+            return
+    wanted = ", ".join("any" if size is None else str(size) for size in shape)
+    raise InvalidInputError(f"{name} must have shape [{wanted}], not {list(has)}")
 
 
 def check_rows(
@@ -98,7 +84,6 @@ def check_assign_pages(
     reserved_begin_B: Tensor,
 ) -> None:
     """Arguments of `assign_pages`."""
-    check_cache(cache)
     device, num_seqs = cache.page_table.device, _check_counts(cache, counts_BK, slots_B)
     check_tensor("run_begin_B", run_begin_B, (num_seqs,), (torch.int64,), device)
     check_tensor("growth_pages_B", growth_pages_B, (num_seqs,), (torch.int32,), device)
@@ -117,7 +102,6 @@ def check_store_selected(
     slots_B: Tensor,
 ) -> None:
     """Arguments of `store_selected`."""
-    check_cache(cache)
     _check_tokens(cache, k_TKD, v_TKD, positions_T, scores_TK)
     _check_counts(cache, counts_BK, slots_B)
     check_tensor("kept_idx", kept_idx, (None,), (torch.int32,), cache.page_table.device)
@@ -134,7 +118,6 @@ def check_store_all(
     base_BK: Tensor | None,
 ) -> None:
     """Arguments of `store_all`."""
-    check_cache(cache)
     device, (_, num_kv_heads) = cache.page_table.device, _check_tokens(cache, k_TKD, v_TKD, positions_T, scores_TK)
     check_tensor("slots_B", slots_B, (None,), (torch.int32,), device)
     check_tensor("cu_seqlens_B1", cu_seqlens_B1, (slots_B.shape[0] + 1,), (torch.int32,), device)
@@ -144,7 +127,6 @@ def check_store_all(
 
 def check_append(cache: LayerCache, k_BKD: Tensor, v_BKD: Tensor, positions_B: Tensor, slots_B: Tensor) -> None:
     """Arguments of `append`."""
-    check_cache(cache)
     num_seqs, _ = check_rows(cache, k_BKD, v_BKD, ("k_BKD", "v_BKD"))
     check_tensor("positions_B", positions_B, (num_seqs,), (torch.int64,), cache.page_table.device)
     check_tensor("slots_B", slots_B, (num_seqs,), (torch.int32,), cache.page_table.device)
@@ -152,7 +134,6 @@ def check_append(cache: LayerCache, k_BKD: Tensor, v_BKD: Tensor, positions_B: T
 
 def check_compact(cache: LayerCache, kept_rank: Tensor, counts_BK: Tensor, slots_B: Tensor) -> None:
     """Arguments of `compact`."""
-    check_cache(cache)
     _check_counts(cache, counts_BK, slots_B)
     check_tensor("kept_rank", kept_rank, (None,), (torch.int32,), cache.page_table.device)
 

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from compactor_vllm.errors import InvalidInputError
-from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_tensor
+from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_kind, check_tensor
 
 MAX_NORM_SIZE = 16384  # elements of a row that a program of `rms_norm` holds in registers
 
@@ -116,19 +116,12 @@ def check_matrix(
     device: torch.device | None = None,
 ) -> None:
     """Like `check_tensor` for two dimensions, but rows may lie apart: each is contiguous and none overlaps another."""
-    if (
-        isinstance(matrix, Tensor)
-        and matrix.dim() == 2
-        and all(size in (None, got) for size, got in zip(shape, matrix.shape, strict=True))
-    ):
-        rows, columns = matrix.shape
-        check_tensor(name, matrix[:0], (0, columns), dtypes, device)  # type and device; no rows are always contiguous
-        if (rows > 1 and matrix.stride(0) < columns) or (columns > 1 and matrix.stride(1) != 1):
-            raise InvalidInputError(
-                f"{name} must have contiguous rows that do not overlap; its strides are {matrix.stride()}"
-            )
-    else:
-        check_tensor(name, matrix, shape, dtypes, device)
+    check_kind(name, matrix, shape, dtypes, device)
+    rows, columns = matrix.shape
+    if (rows > 1 and matrix.stride(0) < columns) or (columns > 1 and matrix.stride(1) != 1):
+        raise InvalidInputError(
+            f"{name} must have contiguous rows that do not overlap; its strides are {matrix.stride()}"
+        )
 
 
 def check_eps(eps: float) -> None:

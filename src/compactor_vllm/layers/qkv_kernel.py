@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from compactor_vllm.errors import InvalidInputError
-from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_cache, check_tensor
+from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_tensor
 from compactor_vllm.kv_cache.layer_cache import LayerCache
 from compactor_vllm.layers.activation_kernel import check_eps, check_matrix
 
@@ -128,7 +128,6 @@ def split_qkv_append(
     Raises:
         InvalidInputError: a shape, dtype, device, stride or `eps` is wrong.
     """
-    check_cache(cache)
     num_kv_heads, device = cache.head_begin_SK.shape[1], cache.page_table.device
     angles, norms = (cos_PF, sin_PF), (q_norm_D, k_norm_D)
     num_seqs, num_heads, dim = _check_inputs(
