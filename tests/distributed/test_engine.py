@@ -165,6 +165,30 @@ def test_contexts_and_cached_prefixes(engines, tmp_path):
     assert_all_free(engines[1])
 
 
+def test_rows_of_a_prompt_are_those_of_all_ranks(engines):
+    """Attention outputs of all heads, and log-probabilities, from a token on that all ranks know."""
+    params, tokens = SamplingParams(temperature=0, max_new_tokens=1, prompt_logprobs=2), [*range(60)]
+    half = SequenceCompressionParams(compression_ratio=0.5, compression_method="knorm", context_end=40)
+    found = []
+    for llm in engines:
+        asked = [
+            Sequence(
+                prompt_token_ids=tokens,
+                sampling_params=params,
+                compression_params=half,
+                prompt_logprobs_from=first,
+                attention_from=first,
+            )
+            for first in (59, 45, 10)
+        ]
+        llm.generate_from_sequences(asked)
+        found.append(asked)
+    for one, two in zip(*found, strict=True):
+        assert two.attention_LTHD.shape == (3, 60 - two.attention_from, 8, 16)
+        torch.testing.assert_close(two.attention_LTHD, one.attention_LTHD, rtol=1e-3, atol=1e-4)
+        assert two.prompt_logprobs[-1] == pytest.approx(one.prompt_logprobs[-1], abs=1e-3)
+
+
 @contextmanager
 def pool_of(llm, pages: int):
     """Leaves so many pages free on every rank."""

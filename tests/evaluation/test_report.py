@@ -187,12 +187,13 @@ def test_a_heat_map_and_label_free_curves(tmp_path: Path) -> None:
     assert np.asarray(figure.axes[1].images[0].get_array())[:, 0].tolist() == [0, 0, 100, 100, 100]
     free = [
         {"task": "continuation", "length": 64, "index": i, "method": method, "retention": kept}
-        | {"nll": 1.0, "nll_full": 0.9, "nll_ratio": 0.9, "top1": 0.5, "kl": 0.1, "kv_bytes": 10.0}
+        | {"nll": 1.0, "nll_full": 0.9, "nll_ratio": 0.9, "top1": 0.5, "kl": 0.1, "attention_error": 0.2}
+        | {"kv_bytes": 10.0}
         for method, kept in (("none", 1.0), ("knorm", 0.5))
         for i in range(2)
     ]
     write_report([run(tmp_path / "free", free, suite="label-free")], tmp_path / "report")
-    assert len(list((tmp_path / "report").glob("*.png"))) == 6
+    assert len(list((tmp_path / "report").glob("*.png"))) == 8
 
 
 def test_tables_are_written_into_a_page(ruler: RunDirectory, tmp_path: Path) -> None:

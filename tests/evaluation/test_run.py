@@ -396,9 +396,10 @@ def test_label_free_of_the_full_cache_is_no_change(tiny_checkpoint: Path, tmp_pa
     cells = json.loads(printed)["cells"]
     full = [c for c in cells if c["method"] == "none"]
     assert [c["nll_ratio"] for c in full] == [1.0, 1.0] and all(c["top1_agreement"] == 100 for c in full)
-    assert all(c["kl"] == 0 for c in full)
+    assert all(c["kl"] == c["attention_error"] == 0 for c in full)
     rest = [c for c in cells if c["method"] == "compactor"]
-    assert len(rest) == 2 and all(c["kl"] > 0 and c["nll"] != f["nll"] for c, f in zip(rest, full, strict=True))
+    assert len(rest) == 2 and all(0 < c["attention_error"] < 2 for c in rest)
+    assert all(c["kl"] > 0 and c["nll"] != f["nll"] for c, f in zip(rest, full, strict=True))
 
 
 def test_wrong_options_are_said_in_one_line(tiny_checkpoint: Path, tmp_path: Path, capsys) -> None:

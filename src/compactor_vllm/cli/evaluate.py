@@ -70,7 +70,7 @@ SUITES = {
     "questions": "Many questions about each context, which is compressed once.",
     "longbench": "LongBench v1 from the .jsonl files of its archive (--data).",
     "longbench-v2": "LongBench v2, from data.json (--data) or the hub.",
-    "label-free": "The model's own predictions: NLL ratio, top-1 agreement, KL to the full cache.",
+    "label-free": "The model's own predictions: NLL ratio, top-1 agreement, KL, attention error.",
 }
 
 app = typer.Typer(

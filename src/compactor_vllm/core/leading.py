@@ -386,6 +386,8 @@ class LeadingRunner(ModelRunner):
             sequence={
                 "sampling_params": sequence.sampling_params,
                 "batch_compression_params": sequence.batch_compression_params,
+                "prompt_logprobs_from": sequence.prompt_logprobs_from,
+                "attention_from": sequence.attention_from,
             },
             request={"arrival": request.arrival, "seed": request.seed, "max_tokens": request.max_tokens},
             parts=request.parts,

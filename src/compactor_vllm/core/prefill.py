@@ -160,6 +160,7 @@ class PrefillJob:
             for piece in range(len(attention)):
                 attention.attend_(piece, q_THD, k_TKD, v_TKD, cache, info.scale)
                 yield
+            self._keep_attention(index, q_THD, batch, items)
             if index == len(runner.layers) - 1 and not whole:
                 x_TE, q_THD = x_TE[last_rows], q_THD[last_rows]
             for a in range(0, len(x_TE), self.chunk_tokens):
@@ -229,6 +230,21 @@ class PrefillJob:
                 count = min(window.shape[1], length)
                 positions = torch.arange(item.part.end - count, item.part.end, device=q_THD.device)
                 window[layer, positions % window.shape[1]] = q_THD[begin + length - count : begin + length]
+            begin += length
+
+    def _keep_attention(self, layer: int, attn_THD: Tensor, batch: PrefillBatch, items: list[PrefillItem]) -> None:
+        """Keeps the attention outputs that sequences ask for, of the heads of all ranks."""
+        begin = 0
+        for item, length in zip(items, batch.seqlens, strict=True):
+            sequence, first = item.request.sequence, item.request.sequence.attention_from
+            if first is not None and first < item.part.end:
+                at = max(item.part.begin, first)
+                rows_NTHD = self.runner.model.group.all_gather(attn_THD[begin + at - item.part.begin : begin + length])
+                rows_THD = rows_NTHD.transpose(0, 1).flatten(1, 2).float().cpu()
+                if sequence.attention_LTHD is None:
+                    room = (len(self.runner.layers), len(sequence.prompt_token_ids) - first, *rows_THD.shape[1:])
+                    sequence.attention_LTHD = torch.empty(room)
+                sequence.attention_LTHD[layer, at - first : item.part.end - first] = rows_THD
             begin += length
 
     def _read_out(self, x_RE: Tensor, batch: PrefillBatch, items: list[PrefillItem], whole: bool) -> None:

@@ -81,14 +81,16 @@ class RequestFactory:
             raise InvalidInputError("the prompt must begin with the context's tokens")
         if len(prompt) == known + len(pending):
             raise InvalidInputError("the prompt is empty; at least one token must follow the context")
-        if sequence.sampling_params.prompt_logprobs is not None:
-            raise InvalidInputError("prompt_logprobs cannot be had of a context's tokens")
+        if sequence.wants_rows:
+            raise InvalidInputError("prompt_logprobs and attention_from cannot be had of a context's tokens")
         sequence.cached_tokens = context.num_tokens
 
     def _requests(self, sequence: Sequence, seals: bool) -> list[Request]:
         params = sequence.sampling_params
         if params.n > self.config.max_num_seqs:
             raise InvalidInputError(f"n={params.n} is more than max_num_seqs={self.config.max_num_seqs}")
+        if not 0 <= (sequence.attention_from or 0) < len(sequence.prompt_token_ids):
+            raise InvalidInputError(f"attention_from={sequence.attention_from} is not the index of a prompt token")
         method = plan_method(sequence)
         parts = plan_parts(sequence, method, seals=seals)
         probe = self._probe(sequence, method, parts[0])
@@ -173,9 +175,8 @@ class RequestFactory:
 
     def _prefix_key(self, sequence: Sequence, parts: tuple[PrefillPart, ...], seals: bool) -> bytes | None:
         """Key of a prompt's first part, if it is one that later prompts may begin with: its request bounded it."""
-        wants_rows = sequence.sampling_params.prompt_logprobs is not None
         bounded = seals or len(parts) > 1
-        if not self.config.prefix_cache or not bounded or sequence.context is not None or wants_rows:
+        if not self.config.prefix_cache or not bounded or sequence.context is not None or sequence.wants_rows:
             return None
         part, batch = parts[0], sequence.batch_compression_params
         statistics = (batch.compression_type, batch.do_chunked_compression, batch.chunk_size)
@@ -191,8 +192,7 @@ class RequestFactory:
     ) -> tuple[bytes, int] | None:
         """See `Request.run`: what lies before the last part, if that is kept whole and stays so."""
         whole = parts[-1].method is None and method.decode_pruning is None
-        wants_rows = sequence.sampling_params.prompt_logprobs is not None
-        if not self.config.prefix_cache or not whole or wants_rows or sequence.extension is not None:
+        if not self.config.prefix_cache or not whole or sequence.wants_rows or sequence.extension is not None:
             return None
         salt = sequence.cache_salt.encode()
         before = prefix_key or (b"" if sequence.context is None else sequence.context.key)

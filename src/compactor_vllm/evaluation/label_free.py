@@ -24,6 +24,7 @@ from compactor_vllm.evaluation.tasks.sample import Sample, sample_rng
 from compactor_vllm.utils.sequence import Sequence
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 TOP_TOKENS = 32
@@ -71,7 +72,8 @@ class LabelFree:
     The target is the sample's first reference. Records: "nll" and "nll_full", the mean negative log-likelihood of the
     target's tokens with this cache and with the full one; "nll_ratio" = nll_full / nll, g(r) of the Compactor paper
     (arXiv 2507.08143); "top1", the fraction of positions whose likeliest token is the same; "kl", the mean of
-    KL(full || compressed) in nats, see `divergence`; costs.
+    KL(full || compressed) in nats, see `divergence`; "attention_error" and "attention_errors", see `attention_errors`;
+    costs.
 
     Args:
         context_nll: also measure NLL(context) of a window of each context, as `compression.calibration` has it.
@@ -98,7 +100,9 @@ class LabelFree:
             full = self._full[id(sample)]
             rows, sequence = full if cell.choice.label == FULL_CACHE else next(compressed)
             known = self._context_nll.get(id(sample), {})
-            records.append(compare(full[0], rows, self._targets[id(sample)]) | known | costs(sequence))
+            errors = attention_errors(full[1].attention_LTHD, sequence.attention_LTHD)
+            own = {"attention_error": fmean(errors), "attention_errors": [round(e, 6) for e in errors]}
+            records.append(compare(full[0], rows, self._targets[id(sample)]) | own | known | costs(sequence))
         return records
 
     def _probe(self, samples: SequenceOf[Sample]) -> dict[int, Record]:
@@ -127,6 +131,7 @@ class LabelFree:
                 compression_params=cell.params(self._config, prompt.context_end),
                 batch_compression_params=batch_params(self._config),
                 prompt_logprobs_from=len(prompt.token_ids),
+                attention_from=len(prompt.token_ids),
             )
             for (_, cell), prompt, target in zip(pairs, ordered, targets, strict=True)
         ]
@@ -157,6 +162,15 @@ def compare(full: SequenceOf[Distribution], own: SequenceOf[Distribution], targe
         "kl": fmean(divergence(a, b) for a, b in pairs),
         "target_tokens": len(target),
     }
+
+
+def attention_errors(full_LTHD: Tensor, own_LTHD: Tensor) -> list[float]:
+    """For each layer the relative error of attention outputs: |own - full| / |full|, the mean over query heads.
+
+    Norms are over tokens and dimensions. A layer's inputs differ, too, where the layers before it erred.
+    """
+    difference_LH = (own_LTHD.double() - full_LTHD.double()).pow(2).sum((1, 3)).sqrt()
+    return (difference_LH / full_LTHD.double().pow(2).sum((1, 3)).sqrt()).mean(1).tolist()
 
 
 def divergence(p: Distribution, q: Distribution) -> float:

@@ -43,6 +43,7 @@ LABEL_FREE = (
     MeasureInfo("NLL ratio g(r)", lambda record: record["nll_ratio"]),
     MeasureInfo("top-1 agreement (%)", lambda record: 100 * record["top1"]),
     MeasureInfo("KL to the full cache (nats)", lambda record: record["kl"], higher_is_better=False),
+    MeasureInfo("attention output error (%)", lambda record: 100 * record["attention_error"], higher_is_better=False),
 )
 
 

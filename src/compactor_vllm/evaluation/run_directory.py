@@ -156,6 +156,7 @@ def cell_measures(members: Sequence[Record]) -> dict[str, float]:
             "nll_ratio": full / own if own > 0 else 1.0,
             "top1_agreement": round(100 * fmean(m["top1"] for m in members), 2),
             "kl": fmean(m["kl"] for m in members),
+            "attention_error": fmean(m["attention_error"] for m in members),
         }
     name = members[0].get("metric", "score")
     result = {name: round(100 * fmean(m["score"] for m in members), 2)}

@@ -32,6 +32,7 @@ class Sequence:
         sampling_params, compression_params, batch_compression_params: what was asked; never changed.
         make_constraint: makes the `TokenConstraint` of one completion (see layers/penalties.py); None for no limits.
         prompt_logprobs_from: first prompt token whose log-probabilities are computed, if they are asked for.
+        attention_from: first prompt token whose attention outputs are kept in `attention_LTHD`; None for no token.
         cache_salt: prompts share cached prefixes only with prompts of the same salt.
         context: the `Context` that the prompt begins with, or None; its tokens are the first ones of the prompt.
         extension: a `core.context.Extension` that makes a context of prompt and answer, or None.
@@ -41,6 +42,8 @@ class Sequence:
         finish_reason: "stop" (end token or stop string), "length", "abort" or "error".
         logprobs: per output token, token id -> natural log-probability, if asked.
         prompt_logprobs: the same per prompt token; None for the first, and before `prompt_logprobs_from`.
+        attention_LTHD: float32 on the host, [layers, prompt tokens from `attention_from` on, query heads, head
+            dimension]: attention before the output projection; of the first completion.
         status: where the sequence is.
         kept_tokens: prompt tokens kept per layer and KV head, mean rounded up.
         kept_fraction: kept (token, layer, head) triples over all of the prompt.
@@ -60,6 +63,7 @@ class Sequence:
     batch_compression_params: BatchCompressionParams = field(default_factory=BatchCompressionParams)
     make_constraint: Callable[[], Any] | None = None
     prompt_logprobs_from: int = 0
+    attention_from: int | None = None
     cache_salt: str = ""
     context: Any = None
     extension: Any = None
@@ -68,6 +72,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     logprobs: list[dict[int, float]] | None = None
     prompt_logprobs: list[dict[int, float] | None] | None = None
+    attention_LTHD: Any = None
     status: SequenceStatus = SequenceStatus.WAITING
     kept_tokens: int | None = None
     kept_fraction: float | None = None
@@ -87,6 +92,11 @@ class Sequence:
         if ratio == AUTO:
             return 1.0 if self.chosen_ratio is None else self.chosen_ratio
         return float(ratio)
+
+    @property
+    def wants_rows(self) -> bool:
+        """Whether something is asked of its prompt tokens, so that all of them are computed."""
+        return self.sampling_params.prompt_logprobs is not None or self.attention_from is not None
 
     @property
     def is_finished(self) -> bool:
