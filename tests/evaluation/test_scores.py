@@ -85,15 +85,21 @@ def test_choices() -> None:
         assert score(sample("choice", "B"), text) == right
 
 
+@pytest.fixture
+def segmenter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In jieba's place one that cuts at bars, so that the words are those of the test."""
+    jieba = SimpleNamespace(cut=lambda text, cut_all: iter(text.split("|")), setLogLevel=lambda level: None)
+    monkeypatch.setitem(sys.modules, "jieba", jieba)
+
+
+@pytest.mark.usefixtures("segmenter")
 def test_every_metric_is_between_zero_and_one() -> None:
     for metric in SCORERS:
         assert 0 <= score(sample(metric, "Paragraph 3", classes=("a", "Paragraph 3")), "Paragraph 3. x") <= 1
 
 
+@pytest.mark.usefixtures("segmenter")
 def test_chinese_scores_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a segmenter that cuts at bars, so that the words are those of the test."""
-    jieba = SimpleNamespace(cut=lambda text, cut_all: iter(text.split("|")), setLogLevel=lambda level: None)
-    monkeypatch.setitem(sys.modules, "jieba", jieba)
     # Words 北京, 是, 首都 and 上海, 是, 首都, 吗: two of three and of four in common; punctuation is no word.
     assert longbench.qa_f1_zh("北京|是|首都|。", "上海|，|是|首都|吗|？") == pytest.approx(
         2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4)
