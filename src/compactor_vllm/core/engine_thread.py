@@ -39,6 +39,7 @@ class EngineStats:
         blocked: whether the queue was not empty after the last step: what waits could not run yet.
         preemptions: since the start, as seen between steps.
         pages, free_pages: of the pool; counted now and then while the engine works.
+        page_imbalance: `LLM.page_imbalance`, of the same moment.
         contexts: open ones.
         context_bytes: of the pages that open contexts have.
         offloaded_bytes: that contexts take in host memory.
@@ -52,6 +53,7 @@ class EngineStats:
     preemptions: int = 0
     pages: int = 0
     free_pages: int = 0
+    page_imbalance: float = 1.0
     contexts: int = 0
     context_bytes: int = 0
     offloaded_bytes: int = 0
@@ -284,8 +286,10 @@ class EngineThread:
             self._preempted = preempted
         queue, now = list(scheduler.queue), time.perf_counter()
         free, context_bytes = self.stats.free_pages, self.stats.context_bytes
+        imbalance = self.stats.page_imbalance
         if not engine.has_work or now > self._next_count:
             free, context_bytes = self.llm.free_pages, scheduler.contexts.resident_bytes
+            imbalance = self.llm.page_imbalance
             counted = time.perf_counter()
             self._next_count = counted + max(_COUNT_PAGES_EVERY, (counted - now) / _COUNTING_SHARE)
         self.stats = EngineStats(
@@ -295,6 +299,7 @@ class EngineThread:
             preemptions=self._preemptions,
             pages=self.llm.num_pages,
             free_pages=free,
+            page_imbalance=imbalance,
             contexts=len(scheduler.contexts),
             context_bytes=context_bytes,
             offloaded_bytes=engine.manager.parked_bytes,

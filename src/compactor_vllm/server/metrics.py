@@ -41,6 +41,7 @@ class EngineCollector(Collector):
             "num_requests_waiting": ("Sequences in the queue, preempted ones included.", stats.waiting),
             "kv_pages_used": ("Pages of the KV cache in use.", used),
             "kv_pages_free": ("Pages of the KV cache that are free.", stats.free_pages),
+            "kv_page_imbalance": ("Pages in use on the fullest rank over the mean of the ranks.", stats.page_imbalance),
             "contexts": ("Open contexts.", stats.contexts),
             "context_bytes": ("Bytes of KV cache pages that open contexts hold.", stats.context_bytes),
             "context_offloaded_bytes": ("Bytes of open contexts in host memory.", stats.offloaded_bytes),
