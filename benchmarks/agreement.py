@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.timing import write_results
+from benchmarks.timing import gpu_name, write_results
 from compactor_vllm import LLM, BatchCompressionParams, LLMConfig, SamplingParams, SequenceCompressionParams
 from compactor_vllm.evaluation.tasks.niah import make_samples
 
@@ -82,42 +83,53 @@ def write_reference(count: int) -> None:
     print(REFERENCE)
 
 
-def measure(out: str | None) -> None:
+def measure(dtypes: list[str], out: str | None) -> None:
+    """Measures the parts asked for, beside the rows of the others in the file of an earlier run."""
     reference = json.loads(REFERENCE.read_text())
-    inputs, rows = reference["prompts"], []
+    earlier = REFERENCE.with_name(f"agreement-{gpu_name()}.json")
+    rows = json.loads(earlier.read_text())["rows"] if earlier.exists() else []
+    rows = [row for row in rows if row["what"].split(",")[0] not in dtypes]
+    for dtype, part in (("bfloat16", backends_rows), ("float32", reference_rows)):
+        if dtype in dtypes:
+            for row in part(reference):
+                rows.append(row)
+                print(row, flush=True)
+                path = write_results("agreement", rows, {"model": MODEL}, out)  # a run that is cut short keeps its rows
+    print(path)
+
+
+def reference_rows(reference: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The kernels in float32 against the CPU's answers."""
     with engine("cuda", "float32", "compactor_triton") as llm:
         for method, ratio in CASES:
-            got = answers(llm, inputs, method, ratio, False)
+            got = answers(llm, reference["prompts"], method, ratio, False)
             case = {"case": f"{method} {ratio}", "what": "float32, compactor_triton against the CPU"}
-            rows.append({**case, **compare(got, reference["answers"][f"{method} {ratio}"])})
-            print(rows[-1], flush=True)
-            write_results("agreement", rows, {"model": MODEL}, out)  # a run that is cut short keeps its rows
-    got = {}
-    for backend in BACKENDS:
+            yield {**case, **compare(got, reference["answers"][f"{method} {ratio}"])}
+
+
+def backends_rows(reference: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The backends among themselves, in bfloat16."""
+    want: dict[str, Any] = {}
+    for backend in BACKENDS[::-1]:  # PyTorch first: the others are compared with it
         with engine("cuda", "bfloat16", backend) as llm:
             for method, ratio in (("none", 1.0), ("compactor", 0.5)):
-                got[backend, method] = answers(llm, inputs, method, ratio, backend == "torch")
-    for backend in BACKENDS[:2]:
-        for method in ("none", "compactor"):
-            case = {
-                "case": f"{method} {1.0 if method == 'none' else 0.5}",
-                "what": f"bfloat16, {backend} against torch",
-            }
-            rows.append({**case, **compare(got[backend, method], got["torch", method])})
-            print(rows[-1], flush=True)
-    print(write_results("agreement", rows, {"model": MODEL}, out))
+                got = answers(llm, reference["prompts"], method, ratio, backend == "torch")
+                if want.setdefault(method, got) is not got:
+                    case = {"case": f"{method} {ratio}", "what": f"bfloat16, {backend} against torch"}
+                    yield {**case, **compare(got, want[method])}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
+    parser.add_argument("--dtype", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"])
     parser.add_argument("--prompts", type=int, default=40, help="prompts of the reference")
     parser.add_argument("--out", help="folder of the JSON file (default: $OUT or benchmarks/results)")
     options = parser.parse_args()
     if options.device == "cpu":
         write_reference(options.prompts)
     else:
-        measure(options.out)
+        measure(options.dtype, options.out)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,16 @@ from typing import Any
 
 import torch
 
-__all__ = ["Timing", "copy_ceiling", "describe_machine", "read_ceiling", "rotations", "time_graph", "write_results"]
+__all__ = [
+    "Timing",
+    "copy_ceiling",
+    "describe_machine",
+    "gpu_name",
+    "read_ceiling",
+    "rotations",
+    "time_graph",
+    "write_results",
+]
 
 _WARMUP_SECONDS_OF_WORK = 0.01
 
@@ -111,6 +120,11 @@ def copy_ceiling(gigabytes: float = 2.0) -> float:
     return 2 * source.numel() * 4 / timing.median_us / 1e3
 
 
+def gpu_name() -> str:
+    """The card's name as it stands in names of files."""
+    return torch.cuda.get_device_properties(0).name.lower().replace("nvidia", "").strip().replace(" ", "-")
+
+
 def describe_machine() -> dict[str, Any]:
     """Device, versions and commit: what every result file carries."""
     import triton
@@ -136,7 +150,7 @@ def write_results(name: str, rows: list[dict[str, Any]], extra: dict[str, Any], 
     machine = describe_machine()
     folder = Path(out or os.environ.get("OUT") or Path(__file__).parent / "results")
     folder.mkdir(parents=True, exist_ok=True)
-    gpu = machine["device"].lower().replace("nvidia", "").strip().replace(" ", "-")
+    gpu = gpu_name()
     path = folder / f"{name}-{gpu}.json"
     path.write_text(json.dumps({**machine, **extra, "rows": rows}, indent=1) + "\n")
     return path

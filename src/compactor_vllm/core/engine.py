@@ -54,11 +54,10 @@ class Engine:
         pruning = request.method.decode_pruning
         if pruning is not None:
             request.window_LWHD = self.runner.new_window(pruning.window)
-        if request.probe is None:
-            self.scheduler.add(request)
-        else:
-            self._waiting[request.probe.request] = request
-            self.scheduler.add(request.probe.request)
+        first = request if request.probe is None else request.probe.request
+        if first is not request:
+            self._waiting[first] = request
+        self.scheduler.add(first)
 
     def abort(self, request: Request) -> None:
         """Ends a request, wherever it is, and frees its pages; others go on."""
@@ -66,9 +65,8 @@ class Engine:
             return
         if request.probe is not None and self._waiting.pop(request.probe.request, None) is not None:
             self.abort(request.probe.request)
-        for job in list(self._jobs):
-            if request in job.requests:
-                self._cancel(job)
+        for job in [job for job in self._jobs if request in job.requests]:
+            self._cancel(job)
         for member in [request, *request.siblings]:
             self.scheduler.remove(member)
             member.finish("abort")

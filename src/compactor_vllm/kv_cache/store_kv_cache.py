@@ -367,16 +367,9 @@ def _load_block(
 
 @triton.jit
 def _block_pointers(
-    pages_ptr,
-    stride_page,
-    table_ptr,
-    rank,
-    valid,
-    column,
-    DIM: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    PART: tl.constexpr,
-):
+    pages_ptr, stride_page, table_ptr, rank, valid, column,
+    DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
     page = tl.load(table_ptr + rank // PAGE_SIZE, mask=valid, other=0).to(tl.int64)
     dims = column + tl.arange(0, PART)
     pointers = pages_ptr + (page * stride_page)[:, None] + (rank % PAGE_SIZE)[:, None] * DIM + dims[None, :]
