@@ -113,7 +113,7 @@ def chat(
     quality: options.Quality = None,
     max_kept_tokens: options.MaxKeptTokens = None,
     protected_first: options.ProtectedFirst = 16,
-    protected_last: options.ProtectedLast = 64,
+    protected_last: options.ProtectedLast = None,
     max_new_tokens: options.MaxNewTokens = 512,
     temperature: options.Temperature = 0.0,
     seed: options.Seed = None,

@@ -60,7 +60,7 @@ def compress(
     quality: options.Quality = None,
     max_kept_tokens: options.MaxKeptTokens = None,
     protected_first: options.ProtectedFirst = 16,
-    protected_last: options.ProtectedLast = 64,
+    protected_last: options.ProtectedLast = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     tensor_parallel_size: options.TensorParallelSize = 1,

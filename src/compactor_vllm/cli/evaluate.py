@@ -220,7 +220,7 @@ def _suite_command(suite: str) -> Callable[..., None]:
         ratio: own.Ratios = None,
         discard: own.Discards = None,
         protected_first: options.ProtectedFirst = 8,
-        protected_last: options.ProtectedLast = 4,
+        protected_last: own.ProtectedLast = 4,
         task: own.Tasks = None,
         length: own.Lengths = None,
         samples: own.Samples = None,

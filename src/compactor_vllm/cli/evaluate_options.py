@@ -22,6 +22,10 @@ Ratios = Annotated[
 Discards = Annotated[
     list[float] | None, typer.Option("--discard", help="Fractions that are removed, instead of --ratio.")
 ]
+ProtectedLast = Annotated[
+    int,
+    typer.Option("--protected-last", help="Last tokens of the context that are always kept, inside the budget."),
+]
 Tasks = Annotated[
     list[str] | None,
     typer.Option("--task", help="Tasks, or 'all'. [default: those that need no data]", rich_help_panel=_WHAT),

@@ -113,10 +113,11 @@ ProtectedFirst = Annotated[
     ),
 ]
 ProtectedLast = Annotated[
-    int,
+    int | None,
     typer.Option(
         "--protected-last",
-        help="Last tokens that are always kept, inside the budget.",
+        help="Last tokens that are always kept, inside the budget. [default: 64, or none of a context that "
+        "the question follows]",
         rich_help_panel=_COMPRESSION,
     ),
 ]

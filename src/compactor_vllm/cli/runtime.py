@@ -70,7 +70,7 @@ class Compression:
         quality: float | None = None,
         max_kept_tokens: int | None = None,
         protected_first: int = 16,
-        protected_last: int = 64,
+        protected_last: int | None = None,
     ) -> Compression:
         """Without --method, COMPACTOR when the options ask for less than everything and NONE otherwise.
 
@@ -82,7 +82,7 @@ class Compression:
             quality=quality,
             max_kept_tokens=max_kept_tokens,
             protected_first_tokens=protected_first,
-            protected_last_tokens=protected_last,
+            protected_last_tokens=last_tokens(protected_last),
             method_params=parse_method_params(method_param or ()),
         )
         if method is None:
@@ -98,6 +98,11 @@ class Compression:
     def method_name(self) -> str:
         method = self.batch.compression_method
         return method.value if isinstance(method, CompressionMethod) else str(method)
+
+
+def last_tokens(protected_last: int | None) -> int:
+    """The parameter of --protected-last."""
+    return SequenceCompressionParams.protected_last_tokens if protected_last is None else protected_last
 
 
 def parse_method_params(pairs: Sequence[str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from compactor_vllm.cli import options
 from compactor_vllm.cli import serve_options as own
 from compactor_vllm.cli.console import debugging
-from compactor_vllm.cli.runtime import parse_method_params
+from compactor_vllm.cli.runtime import last_tokens, parse_method_params
 from compactor_vllm.config import LLMConfig
 from compactor_vllm.errors import ConfigError, MissingDependencyError
 
@@ -69,7 +69,7 @@ def serve(
     quality: options.Quality = None,
     max_kept_tokens: options.MaxKeptTokens = None,
     protected_first: options.ProtectedFirst = 16,
-    protected_last: options.ProtectedLast = 64,
+    protected_last: options.ProtectedLast = None,
     temperature: options.Temperature = 1.0,
     seed: options.Seed = None,
     max_num_seqs: own.MaxNumSeqs = 256,
@@ -125,7 +125,7 @@ def server_settings(given: Mapping[str, Any]) -> ServerSettings:
             quality=given["quality"],
             max_kept_tokens=given["max_kept_tokens"],
             protected_first_tokens=given["protected_first"],
-            protected_last_tokens=given["protected_last"],
+            protected_last_tokens=last_tokens(given["protected_last"]),
         ),
         keys=KeyRing.load(given["api_key_file"], os.environ),
         cors_origins=tuple(given["cors_origin"] or ()),

@@ -33,6 +33,11 @@ AUTO = "auto"
 
 DEFAULT_QUALITY = 0.95
 
+
+class Unasked(int):
+    """A number that is a default, and not what a caller asked for, although it is equal."""
+
+
 MethodSpec = Any
 """A `CompressionMethod`, a registry name, "package.module:Class", "file.py:Class", or a configured instance."""
 
@@ -78,7 +83,8 @@ class SequenceCompressionParams:
             right answers. None is 0.95.
         max_kept_tokens: absolute alternative: at most so many tokens per KV head on average.
         protected_first_tokens: first tokens that are always kept, inside the budget.
-        protected_last_tokens: last tokens that are always kept, inside the budget.
+        protected_last_tokens: last tokens that are always kept, inside the budget. Unless it is given, none are where
+            the question is not among what is compressed, but follows (`context_end`, `LLM.compress`).
         compression_method: overrides the batch's method for this sequence.
         method_params: options of the method, by name.
         context_end: token index (message index in chat) where the compressed part ends; what follows is kept whole.
@@ -92,7 +98,7 @@ class SequenceCompressionParams:
     quality: float | None = None
     max_kept_tokens: int | None = None
     protected_first_tokens: int = 16
-    protected_last_tokens: int = 64
+    protected_last_tokens: int = Unasked(64)
     compression_method: MethodSpec | None = None
     method_params: Mapping[str, Any] = field(default_factory=dict)
     context_end: int | None = None
@@ -123,6 +129,11 @@ class SequenceCompressionParams:
     def wanted_quality(self) -> float | None:
         """What "auto" aims at; None for a fixed ratio."""
         return (DEFAULT_QUALITY if self.quality is None else self.quality) if self.compression_ratio == AUTO else None
+
+    def last_tokens(self, *, question_follows: bool) -> int:
+        """Last tokens that are kept of what is compressed, where the question belongs to it or follows."""
+        unasked = isinstance(self.protected_last_tokens, Unasked)
+        return 0 if question_follows and unasked else self.protected_last_tokens
 
     @property
     def keeps_everything(self) -> bool:

@@ -111,14 +111,15 @@ class Context:
         for _ in save_units(self, Path(path)):
             pass
 
-    def recompress(self, ratio: float, *, protected_first_tokens: int = 16, protected_last_tokens: int = 64) -> Context:
+    def recompress(self, ratio: float, *, protected_first_tokens: int = 16, protected_last_tokens: int = 0) -> Context:
         """A smaller context of the same tokens: what is kept of each segment is a part of what this one keeps.
 
         The scores that tokens were kept for decide again, so nothing is computed anew. This context stays as it is.
 
         Args:
             ratio: fraction of the original tokens that the new one keeps, in (0, 1].
-            protected_first_tokens, protected_last_tokens: of each segment, kept inside the budget.
+            protected_first_tokens, protected_last_tokens: of each segment, kept inside the budget; no last ones unless
+                asked, because questions follow.
 
         Raises:
             InvalidInputError: `ratio` is out of range, or a segment was kept whole and has no scores.

@@ -42,7 +42,7 @@ def plan_parts(sequence: Sequence, method: BaseCompressionMethod, *, seals: bool
     length, params = len(sequence.prompt_token_ids), sequence.compression_params
     before = 0 if sequence.context is None else sequence.context.num_tokens
     if seals:
-        return (_compressed_part(before, length, sequence, method),)
+        return (_compressed_part(before, length, sequence, method, question_follows=True),)
     if before:
         if not params.keeps_everything or params.context_end is not None or method.name != "none":
             raise InvalidInputError(
@@ -53,18 +53,20 @@ def plan_parts(sequence: Sequence, method: BaseCompressionMethod, *, seals: bool
         if high > length:
             raise InvalidInputError(f"protected range ({low}, {high}) ends beyond the prompt's {length} tokens")
     if params.context_end is None:
-        return (_compressed_part(0, length, sequence, method),)
+        return (_compressed_part(0, length, sequence, method, question_follows=False),)
     if params.context_end >= length:
         raise InvalidInputError(
             f"context_end={params.context_end} leaves no token after the context; the prompt has {length} tokens"
         )
     rest = PrefillPart(begin=params.context_end, end=length, kept=length - params.context_end)
-    return (_compressed_part(0, params.context_end, sequence, method), rest)
+    return (_compressed_part(0, params.context_end, sequence, method, question_follows=True), rest)
 
 
-def _compressed_part(begin: int, end: int, sequence: Sequence, method: BaseCompressionMethod) -> PrefillPart:
+def _compressed_part(
+    begin: int, end: int, sequence: Sequence, method: BaseCompressionMethod, *, question_follows: bool
+) -> PrefillPart:
     params, length = sequence.compression_params, end - begin
-    first, last = params.protected_first_tokens, params.protected_last_tokens
+    first, last = params.protected_first_tokens, params.last_tokens(question_follows=question_follows)
     inside = [(max(low, begin) - begin, min(high, end) - begin) for low, high in params.protected_ranges if low < end]
     protected = protected_spans(length, first, last, inside)
     count = sum(high - low for low, high in protected)
@@ -75,9 +77,7 @@ def _compressed_part(begin: int, end: int, sequence: Sequence, method: BaseCompr
     return PrefillPart(begin=begin, end=end, kept=kept, protected=protected, method=method)
 
 
-def check_tokens(
-    token_ids: list[int], vocab_size: int, max_model_len: int, index: int | None, known: int = 0
-) -> None:
+def check_tokens(token_ids: list[int], vocab_size: int, max_model_len: int, index: int | None, known: int = 0) -> None:
     """Checks a prompt.
 
     Args:

@@ -113,7 +113,7 @@ class RunConfig:
     seed: int = 0
     query_aware: bool = False
     protected_first: int = 16
-    protected_last: int = 64
+    protected_last: int = 0
     compression_type: str = "layer"
     chunk_size: int | None = None
     max_new_tokens: int | None = None

@@ -35,7 +35,7 @@ class Defaults:
     quality: float | None = None
     max_kept_tokens: int | None = None
     protected_first_tokens: int = 16
-    protected_last_tokens: int = 64
+    protected_last_tokens: int = SequenceCompressionParams.protected_last_tokens
 
     def __post_init__(self) -> None:
         SequenceCompressionParams(
