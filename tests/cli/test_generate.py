@@ -55,6 +55,15 @@ def test_a_file_with_a_question_is_the_compressed_context(
     assert call["batch_compression_params"] == BatchCompressionParams(compression_method=CompressionMethod.COMPACTOR)
 
 
+def test_last_tokens_of_a_context_are_protected_if_asked(run: Run, fake: FakeLLM, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abc")
+    for extra in ([], ["--protected-last", "64"], ["--protected-last", "2"]):
+        run("generate", "d", "--file", str(tmp_path / "a.txt"), "--ratio", "0.5", *extra)
+    params = [call["per_sequence_compression_params"] for call in fake.calls]
+    assert [one.last_tokens(question_follows=True) for one in params] == [0, 64, 2]
+    assert [one.last_tokens(question_follows=False) for one in params] == [64, 64, 2]
+
+
 def test_raw_continues_text(run: Run, fake: FakeLLM, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abc")
     run("generate", "Once", "--raw")
