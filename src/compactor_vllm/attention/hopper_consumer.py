@@ -65,7 +65,7 @@ def _store_layout(D):
 
 
 @gluon.constexpr_function
-def _sync_text(instruction, barrier):
+def sync_text(instruction, barrier):
     return f"{instruction} {barrier}, 256; mov.b32 $0, $1;"
 
 
@@ -80,12 +80,12 @@ def _vote_text(warpgroup, dtype):
 
 
 @gluon.constexpr_function
-def _large_text(instruction, warpgroup):
+def large_text(instruction, warpgroup):
     return f"{instruction} large{warpgroup};"
 
 
 @gluon.jit
-def _run(TEXT: gl.constexpr):
+def run_ptx(TEXT: gl.constexpr):
     """Runs PTX once per thread; it sets $0 and may read $1 = 0."""
     return gl.inline_asm_elementwise(TEXT, "=r,r", [0], gl.int32, False, 1)
 
@@ -110,24 +110,24 @@ def _any_too_large(sums, WARPGROUP: gl.constexpr, DTYPE: gl.constexpr):
     (declared once, by `consumer`), because Gluon has no way from a thread's element to a scalar but a slower reduction.
     """
     sums = gl.inline_asm_elementwise(_vote_text(WARPGROUP, DTYPE), "=f,=f,f,f", [sums], gl.float32, False, 2)
-    return sums, _run(_large_text("selp.b32 $0, 1, $1,", WARPGROUP)) != 0
+    return sums, run_ptx(large_text("selp.b32 $0, 1, $1,", WARPGROUP)) != 0
 
 
 @gluon.jit
-def _operand(p, DTYPE: gl.constexpr):
+def as_operand(p, DTYPE: gl.constexpr):
     """Weights as the left operand of P V."""
     return gl.convert_layout(p.to(DTYPE), P_LAYOUT)
 
 
 @gluon.jit
-def _row_sums(p):
+def row_sums(p):
     """Row sums of [M, N] weights as [M, 4]: one partial sum for each of the four threads that share a row."""
     p_quads = p.reshape([ROWS, KEYS // 8, 4, 2])
     return gl.sum(gl.sum(p_quads, axis=3), axis=1)
 
 
 @gluon.jit
-def _scores(q, k_tile):
+def issue_scores(q, k_tile):
     """Issues S = Q K^T."""
     zero = gl.zeros([ROWS, KEYS], gl.float32, S_LAYOUT)
     return warpgroup_mma(q, k_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -138,17 +138,17 @@ def _products(q, kv, stage, p16, o, WARPGROUP: gl.constexpr, TURNS: gl.constexpr
     """Issues S = Q K^T and O += P V, in turn with the other warpgroup, and returns when S is there."""
     k_ring, v_ring = kv
     if TURNS:
-        _run(_sync_text("bar.sync", 8 + WARPGROUP))
-    s = _scores(q, k_ring.index(stage))
+        run_ptx(sync_text("bar.sync", 8 + WARPGROUP))
+    s = issue_scores(q, k_ring.index(stage))
     o = warpgroup_mma(p16, v_ring.index(stage), o, is_async=True)
     if TURNS:
-        _run(_sync_text("bar.arrive", 9 - WARPGROUP))
+        run_ptx(sync_text("bar.arrive", 9 - WARPGROUP))
     s = warpgroup_mma_wait(1, deps=[s])
     return s, o
 
 
 @gluon.jit
-def _hide_keys(s, first):
+def hide_keys(s, first):
     """Hides the keys from number `first` of the tile on."""
     key = gl.arange(0, KEYS, gl.SliceLayout(0, S_LAYOUT))
     return gl.where((key < first)[None, :], s, float("-inf"))
@@ -164,25 +164,25 @@ def _first_weights(s, scale, WARPGROUP: gl.constexpr):
     s = gl.where(key[None, :] <= row[:, None], s, float("-inf"))
     r = gl.max(s, axis=1) * scale
     p = gl.exp2(s * scale - r[:, None])
-    return p, r, _row_sums(p)
+    return p, r, row_sums(p)
 
 
 @gluon.jit
 def _rebase(q, k_tile, o, l, r, scale, visible, MASKED: gl.constexpr):
     """Moves the reference up to the maximum so far and computes this tile's weights again."""
-    s = warpgroup_mma_wait(0, deps=[_scores(q, k_tile)])
+    s = warpgroup_mma_wait(0, deps=[issue_scores(q, k_tile)])
     if MASKED:
-        s = _hide_keys(s, _opaque(visible))
+        s = hide_keys(s, _opaque(visible))
     r_new = gl.maximum(r, gl.max(s, axis=1) * scale)
     shrink = gl.exp2(r - r_new)
     p = gl.exp2(s * scale - r_new[:, None])
     o = o * gl.convert_layout(shrink, gl.SliceLayout(1, o.type.layout))[:, None]
     l = l * gl.convert_layout(shrink, gl.SliceLayout(1, l.type.layout))[:, None]
-    return p, _row_sums(p), o, l, r_new
+    return p, row_sums(p), o, l, r_new
 
 
 @gluon.jit
-def _step(
+def ring_step(
     q, kv, bars, position, p16, o, l, r, scale, visible,
     MASKED: gl.constexpr, WARPGROUP: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
@@ -193,9 +193,9 @@ def _step(
     s, o = _products(q, kv, stage, p16, o, WARPGROUP, TURNS)
     if MASKED:  # noqa: SIM102 - decided when the kernel is compiled
         if visible < KEYS:
-            s = _hide_keys(s, visible)
+            s = hide_keys(s, visible)
     p = gl.exp2(s * scale - r[:, None])
-    sums, large = _any_too_large(_row_sums(p), WARPGROUP, k_ring.dtype)
+    sums, large = _any_too_large(row_sums(p), WARPGROUP, k_ring.dtype)
     # Waiting for the next stage already here keeps the compiler from waiting for O before the weights are computed.
     ahead, phase = next_stage(stage, phase, STAGES)
     mbarrier.wait(full.index(ahead), phase)
@@ -203,11 +203,11 @@ def _step(
     if large:
         p, sums, o, l, r = _rebase(q, k_ring.index(stage), o, l, r, scale, visible, MASKED)
     mbarrier.arrive(empty.index(stage), count=1)
-    return (ahead, phase), _operand(p, k_ring.dtype), o, l + sums, r
+    return (ahead, phase), as_operand(p, k_ring.dtype), o, l + sums, r
 
 
 @gluon.jit
-def _clear_rows(v_tile, first, D: gl.constexpr):
+def clear_rows(v_tile, first, D: gl.constexpr):
     """Zeros rows `first` and later of a value tile: their weights are 0, and 0 * NaN would not be."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [gl.num_warps(), 1], [1, 0])
     row = gl.arange(0, 16, gl.SliceLayout(1, layout))
@@ -275,9 +275,9 @@ def consumer(
     records, lens, _begins, item_full, item_empty = queue
     DTYPE: gl.constexpr = k_ring.dtype
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    _run(_large_text("mov.b32 $0, $1; .reg .pred", WARPGROUP))
+    run_ptx(large_text("mov.b32 $0, $1; .reg .pred", WARPGROUP))
     if TURNS and WARPGROUP == 1:
-        _run(_sync_text("bar.arrive", 8))
+        run_ptx(sync_text("bar.arrive", 8))
 
     # The first tile of the first item has no product to share its step with.
     count = 0
@@ -286,15 +286,15 @@ def consumer(
     row_end = get_word(records.index(2))
     q = _take_q(q_mem, count, WARPGROUP, Q_REGS)
     mbarrier.wait(full.index(0), 0)
-    s = warpgroup_mma_wait(0, deps=[_scores(q, k_ring.index(0))])
+    s = warpgroup_mma_wait(0, deps=[issue_scores(q, k_ring.index(0))])
     mbarrier.arrive(empty.index(0), count=1)
     p, r, l = _first_weights(s, scale, WARPGROUP)
     position = next_stage(0, 0, STAGES)
     mbarrier.wait(full.index(position[0]), position[1])
     if row_end - row < KEYS:
-        _clear_rows(v_ring.index(position[0]), row_end - row, D)
+        clear_rows(v_ring.index(position[0]), row_end - row, D)
     o = gl.zeros([ROWS, D], gl.float32, o_layout)
-    p16 = _operand(p, DTYPE)
+    p16 = as_operand(p, DTYPE)
     while row >= 0:
         slot = count & 1
         tiles = get_word(records.index(slot * FIELDS + 1))
@@ -312,12 +312,12 @@ def consumer(
                     while visible == 0:
                         visible = get_word(lens.index(segment)) % KEYS
                         segment += 1
-            position, p16, o, l, r = _step(
+            position, p16, o, l, r = ring_step(
                 q, kv, bars, position, p16, o, l, r, scale, visible, HAS_PREFIX, WARPGROUP, STAGES, TURNS
             )
             if HAS_PREFIX:  # noqa: SIM102 - decided when the kernel is compiled
                 if visible < KEYS:
-                    _clear_rows(v_ring.index(position[0]), visible, D)
+                    clear_rows(v_ring.index(position[0]), visible, D)
 
         # The last values of this item together with the first keys of the next. After the last item those keys, and
         # all that follows from them, are left-overs that nobody looks at.
@@ -338,14 +338,14 @@ def consumer(
         mbarrier.wait(full.index(position[0]), position[1])
         o = warpgroup_mma_wait(0, deps=[o])
         mbarrier.arrive(release, count=1)
-        p16 = _operand(p, DTYPE)
+        p16 = as_operand(p, DTYPE)
         _store(result, o, l, r, row, row_end, head, WARPGROUP, D, HAS_LSE)
         if next_end - next_row < KEYS:
-            _clear_rows(v_ring.index(position[0]), next_end - next_row, D)
+            clear_rows(v_ring.index(position[0]), next_end - next_row, D)
         o = gl.zeros([ROWS, D], gl.float32, o_layout)
         r = next_r
         l = next_l
         row = next_row
         row_end = next_end
     if TURNS and WARPGROUP == 0:
-        _run(_sync_text("bar.sync", 8))
+        run_ptx(sync_text("bar.sync", 8))

@@ -40,15 +40,15 @@ from compactor_vllm.attention.decode_plan_kernel import (
     ITEM_ROWS,
 )
 from compactor_vllm.attention.hopper_consumer import (
-    _clear_rows,
-    _hide_keys,
-    _large_text,
-    _operand,
-    _row_sums,
-    _run,
-    _scores,
-    _step,
-    _sync_text,
+    as_operand,
+    clear_rows,
+    hide_keys,
+    issue_scores,
+    large_text,
+    ring_step,
+    row_sums,
+    run_ptx,
+    sync_text,
 )
 from compactor_vllm.attention.hopper_ring import KEYS, ROWS, next_stage, warps_barrier
 from compactor_vllm.attention.hopper_support import page_descriptors, unsupported_pages, unsupported_tensors
@@ -196,9 +196,9 @@ def _consumer(
     NUM_STAGES: gl.constexpr = SHAPE[5]
     DTYPE: gl.constexpr = k_ring.dtype
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    _run(_large_text("mov.b32 $0, $1; .reg .pred", WARPGROUP))
+    run_ptx(large_text("mov.b32 $0, $1; .reg .pred", WARPGROUP))
     if WARPGROUP == 1:
-        _run(_sync_text("bar.arrive", 8))
+        run_ptx(sync_text("bar.arrive", 8))
     q = q_smem.index(WARPGROUP)
     first_row = gl.load(plan + HEADER_BIG + 3) + gl.program_id(0) * (2 * ROWS)
     position, last, item = _begin(plan, num_entries * KV_HEADS)
@@ -210,21 +210,21 @@ def _consumer(
         if first < end:
             _load_queries(q_ptr, entries, rows, q, num_seqs, num_entries, WARPGROUP, SHAPE)
             mbarrier.wait(full.index(ring[0]), ring[1])
-            s = warpgroup_mma_wait(0, deps=[_scores(q, k_ring.index(ring[0]))])
+            s = warpgroup_mma_wait(0, deps=[issue_scores(q, k_ring.index(ring[0]))])
             mbarrier.arrive(empty.index(ring[0]), count=1)
             visible = gl.minimum(tokens[1] - (end - 1) * KEYS, KEYS)
-            s = _hide_keys(s, visible)
+            s = hide_keys(s, visible)
             r = gl.max(s, axis=1) * scale
             p = gl.exp2(s * scale - r[:, None])
-            l = _row_sums(p)
-            p16 = _operand(p, DTYPE)
+            l = row_sums(p)
+            p16 = as_operand(p, DTYPE)
             ring = next_stage(ring[0], ring[1], NUM_STAGES)
             mbarrier.wait(full.index(ring[0]), ring[1])
             if visible < KEYS:
-                _clear_rows(v_ring.index(ring[0]), visible, D)
+                clear_rows(v_ring.index(ring[0]), visible, D)
             o = gl.zeros([ROWS, D], gl.float32, o_layout)
             for _ in range(end - first - 1):
-                ring, p16, o, l, r = _step(
+                ring, p16, o, l, r = ring_step(
                     q, kv, bars, ring, p16, o, l, r, scale, KEYS, False, WARPGROUP, NUM_STAGES, True
                 )
             o = warpgroup_mma_wait(0, deps=[warpgroup_mma(p16, v_ring.index(ring[0]), o, is_async=True)])
@@ -232,7 +232,7 @@ def _consumer(
             ring = next_stage(ring[0], ring[1], NUM_STAGES)
             _store_partial((partial, lse, first_row), o, l, r, rows, WARPGROUP, SHAPE)
     if WARPGROUP == 0:
-        _run(_sync_text("bar.sync", 8))
+        run_ptx(sync_text("bar.sync", 8))
 
 
 @gluon.jit(do_not_specialize=["num_seqs", "num_entries", "page_rows"])

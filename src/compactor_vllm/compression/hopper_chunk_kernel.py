@@ -27,7 +27,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from compactor_vllm.attention.hopper_consumer import _run, _sync_text
+from compactor_vllm.attention.hopper_consumer import run_ptx, sync_text
 from compactor_vllm.attention.hopper_ring import ROWS
 from compactor_vllm.attention.hopper_support import tile_layout, unsupported_tensors
 from compactor_vllm.compression.kernel_blocks import block_tokens, locate_block
@@ -111,7 +111,7 @@ def _consumer(
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     HALF: gl.constexpr = KEYS // 2
     if WARPGROUP == 1:
-        _run(_sync_text("bar.arrive", 8))
+        run_ptx(sync_text("bar.arrive", 8))
     count = 0
     index = 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
@@ -124,12 +124,12 @@ def _consumer(
             for step in range((count + WARPGROUP) & 1, GROUP * blocks, 2):
                 stage = (count + step) % Q_STAGES
                 mbarrier.wait(q_full.index(stage), ((count + step) // Q_STAGES) & 1)
-                _run(_sync_text("bar.sync", 8 + WARPGROUP))
+                run_ptx(sync_text("bar.sync", 8 + WARPGROUP))
                 s = warpgroup_mma(
                     q_ring.index(stage), k_ring.index(slot).permute((1, 0)),
                     gl.zeros([ROWS, KEYS], gl.float32, s_layout), use_acc=False, is_async=True,
                 )  # fmt: skip
-                _run(_sync_text("bar.arrive", 9 - WARPGROUP))
+                run_ptx(sync_text("bar.arrive", 9 - WARPGROUP))
                 s = warpgroup_mma_wait(0, deps=[s])
                 mbarrier.arrive(q_empty.index(stage), count=1)
                 if end - begin < KEYS:
@@ -146,7 +146,7 @@ def _consumer(
             mbarrier.arrive(k_empty.index(slot), count=1)
             received = gl.convert_layout(gl.sum(gl.sum(folded, axis=1), axis=0), flat)
             parts.index(2 * slot + WARPGROUP).store(received)
-            _run(_sync_text("bar.sync", 10))
+            run_ptx(sync_text("bar.sync", 10))
             mine = parts.index(2 * slot).slice(WARPGROUP * HALF, HALF, 0).load(flat)
             mine += parts.index(2 * slot + 1).slice(WARPGROUP * HALF, HALF, 0).load(flat)
             if HAS_V:
@@ -160,7 +160,7 @@ def _consumer(
             index += 1
     # The warpgroup whose turn it would be takes it, so that no barrier is left half full.
     if (count & 1) == WARPGROUP:
-        _run(_sync_text("bar.sync", 8 + WARPGROUP))
+        run_ptx(sync_text("bar.sync", 8 + WARPGROUP))
 
 
 @gluon.jit
