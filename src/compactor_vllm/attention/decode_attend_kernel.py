@@ -235,7 +235,7 @@ def _merge_if_last(
     """Counts a piece as written; if it is the last, weighs all of them, in their order, and writes the result."""
     BLOCK_G: tl.constexpr = triton.next_power_of_2(GROUP)
     # As many pieces at a time as registers are left: float32 products take more of them.
-    VALUES: tl.constexpr = 2048 if out_ptr.dtype.element_ty == tl.float32 else 4096
+    VALUES: tl.constexpr = 1024 if out_ptr.dtype.element_ty == tl.float32 else 2048
     BLOCK_P: tl.constexpr = max(1, VALUES // (BLOCK_G * BLOCK_D))
     tl.debug_barrier()  # what all threads wrote comes before the count
     if tl.atomic_add(done_ptr, 1, sem="acq_rel") == pieces - 1:

@@ -29,6 +29,8 @@ from compactor_vllm.compression.reference import GROUP_REDUCTIONS
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_tensor
 
+# Left alone, ptxas spills a few bytes to fit one block more on a multiprocessor.
+COMPILE_OPTIONS = {"maxnreg": 255}
 _FOLD: tl.constexpr = tl.constexpr(8)  # of neighbouring rows of a tile of logits every eighth lies in one thread
 
 
@@ -130,6 +132,7 @@ def chunk_attention_scores(
         REDUCTION=reduction,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **COMPILE_OPTIONS,
     )
     return out_TK
 
