@@ -25,7 +25,9 @@ def test_prompts_are_whole(task: str, tmp_path: Path, tokenizer) -> None:
     (sample,) = longbench_samples(task, tmp_path, tokenizer, 10_000)
     assert "Long text." in sample.context and "{" not in sample.prompt
     assert sample.prompt.count("Who?") == ("{input}" in recipe.question)
-    assert sample.prompt.endswith(recipe.prefix) and sample.prompt.count(recipe.prefix) == 1 + recipe.context.count(recipe.prefix)
+    assert sample.prompt.endswith(recipe.prefix) and sample.prompt.count(recipe.prefix) == 1 + recipe.context.count(
+        recipe.prefix
+    )
     assert sample.answers == ["Ada", "Bob"] and sample.max_new_tokens in (32, 64, 128, 512)
     assert sample.chat == (task not in ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"))
 

@@ -53,8 +53,8 @@ class LLMConfig:
         max_decode_stall_ms: longest pause of running sequences while a prompt is prefilled.
         prefix_cache: keep prefixes for later prompts that begin with the same one, as long as nobody needs their pages:
             contexts (`context_end`) whole, tokens that are kept whole by their full pages.
-        context_host_bytes: host memory (page-locked on a GPU) for contexts that nobody uses at present, when others need
-            their pages. None is half of what the memory plan has for preempted sequences and contexts; 0 is none.
+        context_host_bytes: host memory (page-locked on a GPU) for contexts that nobody uses at present, when others
+            need their pages. None is half of what the memory plan has for preempted sequences and contexts; 0 is none.
         rope_scaling: replaces the checkpoint's RoPE scaling.
         chat_template: replaces the checkpoint's chat template (Jinja source).
         revision: branch, tag or commit of a hub id.
@@ -108,7 +108,9 @@ class LLMConfig:
         if not isinstance(self.prefix_cache, bool):
             raise ConfigError(f"prefix_cache must be True or False, not {self.prefix_cache!r}")
         host_bytes = self.context_host_bytes
-        if host_bytes is not None and (not isinstance(host_bytes, int) or isinstance(host_bytes, bool) or host_bytes < 0):
+        if host_bytes is not None and (
+            not isinstance(host_bytes, int) or isinstance(host_bytes, bool) or host_bytes < 0
+        ):
             raise ConfigError(f"context_host_bytes must be an integer of at least 0 or None, not {host_bytes!r}")
         _one_of("kvcache_page_size", self.kvcache_page_size, PAGE_SIZES)
         _one_of("dtype", self.dtype, DTYPES)
