@@ -62,6 +62,7 @@ class Ask(Job):
         self.request, self._turns = request, turns
         self._sides: list[SideJob] = []
         self._reading: asyncio.Task[AsyncContext] | None = None
+        self._closing: asyncio.Task[None] | None = None
         self._document: list[int] = []
         self._question: list[int] = []
         self._suffix = ""
@@ -182,13 +183,13 @@ class Ask(Job):
             side.stop(error)
 
     async def _give_back(self) -> None:
-        """The context's memory to the engine, and the turn to the next one."""
-        reading, self._reading = self._reading, None
-        if reading is not None:
-            reading.cancel()
-            await asyncio.wait([reading])
-            if not reading.cancelled() and reading.exception() is None:
-                await reading.result().aclose()
+        """The context's memory to the engine, and the turn to the next one.
+
+        Who goes away cancels what waits here, but not the giving back.
+        """
+        if self._reading is not None:
+            self._closing = self._closing or asyncio.ensure_future(_close(self._reading))
+            await asyncio.shield(self._closing)
         if self in self._turns:
             self._turns.remove(self)
 
@@ -199,6 +200,14 @@ class Ask(Job):
             await self._give_back()
         finally:
             await super().aclose()
+
+
+async def _close(reading: asyncio.Task[AsyncContext]) -> None:
+    """Gives back what was read, or is about to be."""
+    reading.cancel()
+    await asyncio.wait([reading])
+    if not reading.cancelled() and reading.exception() is None:
+        await reading.result().aclose()
 
 
 class SideJob(Job):
