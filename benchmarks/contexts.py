@@ -270,7 +270,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     results, began = Results(options.out, kind="contexts", fresh=True), time.perf_counter()
     with engine(options) as llm, tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        results.engines["contexts"] = llm.describe()
+        results.describe("contexts", llm.describe())
         print(f"engine ready after {time.perf_counter() - began:.1f} s", flush=True)
         bench = Bench(options, llm, results)
         for retention in options.retentions:

@@ -213,7 +213,7 @@ def measure(work: Workload, options: argparse.Namespace, engines: Engines, resul
 
 def take(work: Workload, case: Case, repeat: int, llm: LLM, results: Results) -> Sample | None:
     """One sample; a negative `repeat` warms up and has none."""
-    results.engines[work.name] = llm.describe()
+    results.describe(work.name, llm.describe())
     if repeat >= 0:
         return work.measure(llm, work, case, repeat)
     for run in work.warm_up_runs():

@@ -93,6 +93,10 @@ class Results:
         self.rows: list[Row] = list(rows.values())
         self.engines: Row = json.loads(self.path.read_text())["engines"] if known else {}
         self.failed = False
+
+    def describe(self, name: str, engine: Row) -> None:
+        """Notes what engine a workload ran on, by the name of its model's folder."""
+        self.engines[name] = {**engine, "model": Path(engine["model"]).name}
         others = {row["device"] for row in self.rows} - {self.head["device"]}
         if others:
             raise SystemExit(f"rows of {', '.join(sorted(others))} cannot be kept with those of {self.head['device']}")

@@ -11,8 +11,7 @@ import typer
 from compactor_vllm.cli import evaluate_options as own
 from compactor_vllm.cli import options
 from compactor_vllm.cli.console import err
-from compactor_vllm.cli.evaluate_processes import UNFINISHED
-from compactor_vllm.config import LLMConfig
+from compactor_vllm.cli.evaluate_processes import engine_config, leave_unless
 
 EPILOG = """
 **Examples**
@@ -57,16 +56,7 @@ def calibrate(
     from compactor_vllm.evaluation.suites import SuiteOptions
 
     deadline = None if time_limit is None else time.monotonic() + time_limit
-    config = LLMConfig(
-        model=model,
-        path=path,
-        revision=revision,
-        max_model_len=max_model_len or "auto",
-        device=device,
-        dtype=dtype,
-        prefix_cache=False,
-        show_progress_bar=False,
-    )
+    config = engine_config(model, path, revision, max_model_len, device, dtype)
     choices = method_choices(method)
     draft = RunConfig(
         suite="label-free",
@@ -84,9 +74,7 @@ def calibrate(
     complete = run_suite(
         draft, config, wanted, choices, where, batch_size=batch_size, deadline=deadline, context_nll=True
     )
-    if not complete:
-        err().print("stopped at the time limit; give the command again to go on", style="bold")
-        raise typer.Exit(UNFINISHED)
+    leave_unless(complete)
     run = RunDirectory.load(where)
     found = fit_methods(choices, run.records)
     about = {name: run.config[name] for name in ("tasks", "lengths", "samples", "seed", "dtype", "protected_last")}

@@ -17,7 +17,7 @@ from compactor_vllm.cli import evaluate_options as own
 from compactor_vllm.cli import evaluate_report, options
 from compactor_vllm.cli.console import err
 from compactor_vllm.cli.env import package_version
-from compactor_vllm.cli.evaluate_processes import UNFINISHED, pool_bytes, run_processes
+from compactor_vllm.cli.evaluate_processes import engine_config, leave_unless, run_processes
 from compactor_vllm.cli.many_values import ARGUMENTS, ManyValues
 from compactor_vllm.config import LLMConfig
 from compactor_vllm.errors import InvalidInputError
@@ -254,17 +254,7 @@ def _suite_command(suite: str) -> Callable[..., None]:
         if suite == "ruler" and prebuilt is None:
             prebuilt = takes_prebuilt(model, length or (), task or (), data)
         check_effects(suite, prebuilt=prebuilt, depths=depths, questions=questions, target=target, length=length)
-        config = LLMConfig(
-            model=model,
-            path=path,
-            revision=revision,
-            max_model_len=max_model_len or "auto",
-            device=device,
-            dtype=dtype,
-            kv_cache_memory_bytes=pool_bytes(device, processes),
-            prefix_cache=False,  # no prefix is asked for twice
-            show_progress_bar=False,
-        )
+        config = engine_config(model, path, revision, max_model_len, device, dtype, processes)
         choices = method_choices(method)
         draft = RunConfig(
             suite=suite,
@@ -307,9 +297,7 @@ def _suite_command(suite: str) -> Callable[..., None]:
                 apart=throughput,
                 deadline=deadline,
             )
-        if not complete:
-            err().print("stopped at the time limit; give the command again to go on", style="bold")
-            raise typer.Exit(UNFINISHED)
+        leave_unless(complete)
         if shard is None:
             print_results(where, as_json)
 

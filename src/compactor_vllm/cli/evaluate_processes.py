@@ -6,7 +6,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+import typer
+
+from compactor_vllm.cli.console import err
+from compactor_vllm.config import LLMConfig
 from compactor_vllm.errors import CompactorError
 
 PAGES_SHARE = 0.6
@@ -48,6 +53,31 @@ def run_processes(arguments: Sequence[str], count: int) -> bool:
     if failed:
         raise CompactorError(f"process {failed[0]} of {count} failed; what it said stands above")
     return UNFINISHED not in codes
+
+
+def engine_config(
+    model: str, path: Path | None, revision: str | None, max_model_len: int | None, device: str, dtype: str,
+    processes: int = 1,
+) -> LLMConfig:  # fmt: skip
+    """The engine of a study, or of one of its processes; no prefix is asked for twice."""
+    return LLMConfig(
+        model=model,
+        path=path,
+        revision=revision,
+        max_model_len=max_model_len or "auto",
+        device=device,
+        dtype=dtype,
+        kv_cache_memory_bytes=pool_bytes(device, processes),
+        prefix_cache=False,
+        show_progress_bar=False,
+    )
+
+
+def leave_unless(complete: bool) -> None:
+    """Ends the command with its own exit code where a time limit cut a study short."""
+    if not complete:
+        err().print("stopped at the time limit; give the command again to go on", style="bold")
+        raise typer.Exit(UNFINISHED)
 
 
 def pool_bytes(device: str, processes: int) -> int | None:

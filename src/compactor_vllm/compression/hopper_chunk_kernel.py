@@ -207,31 +207,18 @@ def chunk_kernel(
     mem = (q_ring, k_ring)
     bars = (q_full, q_empty, k_full, k_empty)
     length_bars = (length_full, length_empty)
-    if HAS_V:
-        gl.warp_specialize(
-            [
-                (_consumer, (mem, parts, lengths, bars, length_bars, borders, num_items, scale, out,
-                             0, GROUP, KV_HEADS, KEYS, HAS_V, SHARE)),
-                (_consumer, (mem, parts, lengths, bars, length_bars, borders, num_items, scale, out,
-                             1, GROUP, KV_HEADS, KEYS, HAS_V, SHARE)),
-                (_producer, ((q_desc, k_desc), mem, bars, borders, num_items, GROUP, D, KV_HEADS)),
-                (_lengths, (v_ptr, lengths, length_bars, borders, num_items, KEYS, D, KV_HEADS)),
-            ],
-            [4, 1, 2],
-            [CONSUMER, PRODUCER, LENGTHS],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (_consumer, (mem, parts, lengths, bars, length_bars, borders, num_items, scale, out,
-                             0, GROUP, KV_HEADS, KEYS, HAS_V, SHARE)),
-                (_consumer, (mem, parts, lengths, bars, length_bars, borders, num_items, scale, out,
-                             1, GROUP, KV_HEADS, KEYS, HAS_V, SHARE)),
-                (_producer, ((q_desc, k_desc), mem, bars, borders, num_items, GROUP, D, KV_HEADS)),
-            ],
-            [4, 1],
-            [CONSUMER, PRODUCER],
-        )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (_consumer, (mem, parts, lengths, bars, length_bars, borders, num_items, scale, out,
+                         0, GROUP, KV_HEADS, KEYS, HAS_V, SHARE)),
+            (_consumer, (mem, parts, lengths, bars, length_bars, borders, num_items, scale, out,
+                         1, GROUP, KV_HEADS, KEYS, HAS_V, SHARE)),
+            (_producer, ((q_desc, k_desc), mem, bars, borders, num_items, GROUP, D, KV_HEADS)),
+            (_lengths, (v_ptr, lengths, length_bars, borders, num_items if HAS_V else 0, KEYS, D, KV_HEADS)),
+        ],
+        [4, 1, 2],
+        [CONSUMER, PRODUCER, LENGTHS],
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_seqs"])
