@@ -44,6 +44,8 @@ def test_schemathesis_finds_no_server_error(live: Live) -> None:
             search(operation.as_strategy(generation_mode=mode))
     with live.http() as http:
         assert http.get("/health").status_code == 200
+        for context in http.get("/v1/contexts").json()["data"]:  # they stay until they are deleted, and hold pages
+            assert http.delete(f"/v1/contexts/{context['id']}").json()["deleted"]
     live.wait_until_idle()
 
 
