@@ -147,6 +147,43 @@ def test_methods_and_ratios_mix_in_one_batch(llm):
     assert together[0].kept_fraction < 0.55 and together[5].kept_fraction == 1.0
 
 
+@pytest.mark.parametrize("context_end", [None, 70])
+def test_equal_prompts_are_computed_once(make_llm, monkeypatch, context_end):
+    """Whatever each of them keeps; answers, kept tokens and log-probabilities are those of a request by itself."""
+    llm = make_llm(prefix_cache=False)
+    one, other = prompts(2, 100, 101, seed=5)
+    kinds = [("none", 1.0), ("compactor", 0.5), ("compactor", 0.2), ("snapkv", 0.5), ("knorm", 0.3), ("compactor", 0.5)]
+    params = [ratio(value, compression_method=name, context_end=context_end) for name, value in kinds]
+    work = [(prompt, param) for prompt in (one, other) for param in params]
+    alone = [llm.generate(p, greedy(logprobs=1), None, c, return_sequences=True) for p, c in work]
+    tokens: list[int] = []
+    embed = llm._engine.runner.model.embed
+    monkeypatch.setattr(llm._engine.runner.model, "embed", lambda ids: tokens.append(len(ids)) or embed(ids))
+    together = llm.generate(
+        [p for p, _ in work],
+        greedy(logprobs=1),
+        per_sequence_compression_params=[c for _, c in work],
+        return_sequences=True,
+    )
+    assert tokens[0] == 2 * (context_end or 100)
+    for answer, expected in zip(together, alone, strict=True):
+        assert answer.output_token_ids == expected.output_token_ids
+        assert answer.kept_tokens == expected.kept_tokens
+    assert_all_free(llm)
+
+
+def test_a_prompt_that_others_repeat_takes_no_more_of_the_prefill_budget(make_llm):
+    llm = make_llm(prefix_cache=False)
+    llm._engine.scheduler.max_prefill_tokens = 250
+    one, other, third = prompts(3, 100, 101, seed=6)
+    streams = [llm.stream(p, greedy(4)) for p in (one, one, other, one, other, third)]
+    admitted = llm._engine.scheduler.admit()
+    assert [r.sequence.prompt_token_ids for r in admitted] == [one, one, other, one, other]
+    for stream in streams:
+        stream.close()
+    assert_all_free(llm)
+
+
 def test_context_end_compresses_the_context_and_keeps_the_question(llm, reference):
     prompt = prompts(1, 140, 150, seed=5)[0]
     params = ratio(0.3, context_end=100)

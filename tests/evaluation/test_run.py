@@ -127,10 +127,10 @@ def test_a_grid_is_measured_once(tmp_path: Path) -> None:
     run_grid([source()], CELLS, Answers(llm, CONFIG), RunDirectory.create(tmp_path / "run", CONFIG), batch_size=3)
     assert [len(prompts) for prompts, *_ in llm.calls] == [6, 2]  # three samples, then one, under two cells
     prompts, sampling, batch, compressions = llm.calls[0]
-    assert "".join(map(chr, prompts[5])) == "<context 2 question? >A:answer:" and prompts[5] is prompts[2]
+    assert "".join(map(chr, prompts[5])) == "<context 2 question? >A:answer:" and prompts[5] is prompts[4]
     assert sampling[3].greedy and sampling[3].max_new_tokens == 8 and batch.compression_type == "layer"
-    assert [c.compression_ratio for c in compressions] == [1, 1, 1, 0.5, 0.5, 0.5]
-    assert compressions[3].compression_method == "keydiff" and compressions[3].context_end == len("<context 0 ")
+    assert [c.compression_ratio for c in compressions] == [1, 0.5, 1, 0.5, 1, 0.5]
+    assert compressions[3].compression_method == "keydiff" and compressions[3].context_end == len("<context 1 ")
     result = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert [(c["method"], c["retention"], c["string_match"]) for c in result["cells"]] == [
         *(("keydiff", 0.5, 25.0), ("none", 1.0, 100.0))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from compactor_vllm.attention.prompt_attention import PromptAttention
-from compactor_vllm.core.prefill_batch import PrefillItem, build_batch, reserved_pages
+from compactor_vllm.core.prefill_batch import PrefillItem, PrefillRound, build_round, reserved_pages
 from compactor_vllm.core.request import Request
 from compactor_vllm.core.unit_sizes import UnitSizes
 from compactor_vllm.kv_cache.segment import Segment
@@ -93,7 +93,7 @@ class PrefillJob:
         sizes: of its units.
 
     Attributes:
-        num_tokens: that are computed.
+        num_tokens: of its prompts.
         started: clock when it was made, seconds.
         progress: its units; `next` runs one.
         claim: what must be claimed of the page pool, and set to None, before the next unit runs.
@@ -118,24 +118,14 @@ class PrefillJob:
         """Runs the prefill; yields between units."""
         rounds = max(len(request.parts) for request in self.requests)
         for part in range(rounds):
-            items = [
-                PrefillItem(
-                    request=request,
-                    part=request.parts[part],
-                    segment=request.own_segments[part],
-                    part_index=len(request.context) + part,
-                )
-                for request in self.requests
-                if part < len(request.parts)
-            ]
-            batch = build_batch(items, self.runner)
-            ordered = sorted(items, key=PrefillItem.group_key)
-            yield from self._round(batch, ordered)
-            self._finish_round(ordered)
+            items = [PrefillItem(request=r, index=part) for r in self.requests if part < len(r.parts)]
+            current = build_round(items, self.runner)
+            yield from self._round(current)
+            self._finish_round(items)
 
-    def _round(self, batch: PrefillBatch, items: list[PrefillItem]) -> Iterator[None]:
-        runner, model = self.runner, self.runner.model
-        whole = any(item.request.sequence.sampling_params.prompt_logprobs is not None for item in items)
+    def _round(self, current: PrefillRound) -> Iterator[None]:
+        runner, model, batch = self.runner, self.runner.model, current.batch
+        whole = any(item.request.sequence.sampling_params.prompt_logprobs is not None for item in current.rows)
         last_rows = batch.cu_seqlens_B1[1:].long() - 1
         angles = model.rotary.angles(batch.positions_T, batch.context_len_T)
         attention = self._attention(batch)
@@ -152,42 +142,40 @@ class PrefillJob:
             kept = score_and_select(q_THD, k_TKD, v_TKD, early, batch, info, kernels)
             pages = [group.pages_L[index] for group in batch.groups]
             if info.heads is not None:
-                yield from self._wait_for_room(index, kept, batch, items)
-                pages = self._room(index, batch, items)
+                yield from self._wait_for_room(index, kept, current)
+                pages = self._room(index, current)
             store_kept(k_TKD, v_TKD, kept, pages, batch, cache, kernels)
-            self._keep_windows(index, q_THD, batch, items)
+            self._keep_windows(index, q_THD, current)
             yield
             for piece in range(len(attention)):
                 attention.attend_(piece, q_THD, k_TKD, v_TKD, cache, info.scale)
                 yield
-            self._keep_attention(index, q_THD, batch, items)
+            self._keep_attention(index, q_THD, current)
             if index == len(runner.layers) - 1 and not whole:
                 x_TE, q_THD = x_TE[last_rows], q_THD[last_rows]
             for a in range(0, len(x_TE), self.chunk_tokens):
                 rows = slice(a, a + self.chunk_tokens)
                 layer.mlp_output(layer.attention_output(x_TE[rows], q_THD[rows]), kernels.pointwise)  # in place
                 yield
-        self._read_out(x_TE, batch, items, whole)
+        self._read_out(x_TE, current, whole)
 
-    def _wait_for_room(
-        self, layer: int, kept: list[Kept], batch: PrefillBatch, items: list[PrefillItem]
-    ) -> Iterator[None]:
+    def _wait_for_room(self, layer: int, kept: list[Kept], current: PrefillRound) -> Iterator[None]:
         """Where ranks share the heads: says how much each of them keeps, and lets rank 0 find the pages for it.
 
         Selection bounds what all ranks keep together; one of them may keep more than its share.
         """
-        chosen = [g for g, part in zip(batch.groups, kept, strict=True) if part.kept_idx is not None]
+        chosen = [g for g, part in zip(current.groups, kept, strict=True) if part.kept_idx is not None]
         if not chosen:
             return
         counts_BK = torch.cat([part.counts_BK for part in kept if part.kept_idx is not None])
-        segments = [item.segment for group in chosen for item in items[group.first : group.last]]
+        segments = [item.segment for group in chosen for item in group]
         counts_NBK = self.runner.model.group.all_gather(counts_BK).cpu().numpy()
         self.claim = Claim(layer=layer, segments=segments, counts_NBK=counts_NBK)
         yield
         assert self.claim is None, "the pages of a layer must be claimed before the next unit"
 
-    def _room(self, layer: int, batch: PrefillBatch, items: list[PrefillItem]) -> list[LayerPages]:
-        segments = [[item.segment for item in items[group.first : group.last]] for group in batch.groups]
+    def _room(self, layer: int, current: PrefillRound) -> list[LayerPages]:
+        segments = [[item.segment for item in group] for group in current.groups]
         return [reserved_pages(members, self.runner.manager, slice(layer, layer + 1))[0] for members in segments]
 
     def _attention(self, batch: PrefillBatch) -> PromptAttention:
@@ -221,44 +209,42 @@ class PrefillJob:
             k_raw_TKD=None if heads.k_raw_TKD is None else heads.k_raw_TKD[rows],
         )
 
-    def _keep_windows(self, layer: int, q_THD: Tensor, batch: PrefillBatch, items: list[PrefillItem]) -> None:
+    def _keep_windows(self, layer: int, q_THD: Tensor, current: PrefillRound) -> None:
         """Keeps the last queries of sequences that will be pruned while they decode."""
-        begin = 0
-        for item, length in zip(items, batch.seqlens, strict=True):
+        for item, begin, end in current.spans():
             window = item.request.window_LWHD
             if window is not None:
-                count = min(window.shape[1], length)
+                count = min(window.shape[1], end - begin)
                 positions = torch.arange(item.part.end - count, item.part.end, device=q_THD.device)
-                window[layer, positions % window.shape[1]] = q_THD[begin + length - count : begin + length]
-            begin += length
+                window[layer, positions % window.shape[1]] = q_THD[end - count : end]
 
-    def _keep_attention(self, layer: int, attn_THD: Tensor, batch: PrefillBatch, items: list[PrefillItem]) -> None:
+    def _keep_attention(self, layer: int, attn_THD: Tensor, current: PrefillRound) -> None:
         """Keeps the attention outputs that sequences ask for, of the heads of all ranks."""
-        begin = 0
-        for item, length in zip(items, batch.seqlens, strict=True):
+        for item, begin, end in current.spans():
             sequence, first = item.request.sequence, item.request.sequence.attention_from
             if first is not None and first < item.part.end:
                 at = max(item.part.begin, first)
-                rows_NTHD = self.runner.model.group.all_gather(attn_THD[begin + at - item.part.begin : begin + length])
+                rows_NTHD = self.runner.model.group.all_gather(attn_THD[begin + at - item.part.begin : end])
                 rows_THD = rows_NTHD.transpose(0, 1).flatten(1, 2).float().cpu()
                 if sequence.attention_LTHD is None:
                     room = (len(self.runner.layers), len(sequence.prompt_token_ids) - first, *rows_THD.shape[1:])
                     sequence.attention_LTHD = torch.empty(room)
                 sequence.attention_LTHD[layer, at - first : item.part.end - first] = rows_THD
-            begin += length
 
-    def _read_out(self, x_RE: Tensor, batch: PrefillBatch, items: list[PrefillItem], whole: bool) -> None:
-        """Logits of each sequence's last token, and prompt log-probabilities where asked for."""
-        begin = 0
-        finals: list[int] = []
-        for item, length in zip(items, batch.seqlens, strict=True):
-            if whole and item.request.sequence.sampling_params.prompt_logprobs is not None:
-                self._score_prompt(item, x_RE[begin : begin + length])
-            finals.append(begin + length - 1 if whole else len(finals))
-            begin += length
-        logits = self.runner.model.logits(x_RE[torch.tensor(finals, device=x_RE.device)])
-        for item, row in zip(items, logits, strict=True):
-            self.logits[item.request] = row
+    def _read_out(self, x_RE: Tensor, current: PrefillRound, whole: bool) -> None:
+        """Logits of each sequence's last token, and prompt log-probabilities where asked for.
+
+        Args:
+            x_RE: hidden states of all tokens (`whole`), or of each sequence's last one.
+        """
+        if whole:
+            for item, begin, end in current.spans():
+                if item.request.sequence.sampling_params.prompt_logprobs is not None:
+                    self._score_prompt(item, x_RE[begin:end])
+            x_RE = x_RE[current.batch.cu_seqlens_B1[1:].long() - 1]
+        logits = self.runner.model.logits(x_RE)
+        for item, row in current.rows.items():
+            self.logits[item.request] = logits[row]
 
     def _score_prompt(self, item: PrefillItem, x_RE: Tensor) -> None:
         request, sequence = item.request, item.request.sequence

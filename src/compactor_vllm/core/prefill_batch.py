@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,12 +27,23 @@ class PrefillItem:
     """One part of one request in a round, and the segment that it fills."""
 
     request: Request
-    part: PrefillPart
-    segment: Segment
-    part_index: int
+    index: int
+
+    @property
+    def part(self) -> PrefillPart:
+        return self.request.parts[self.index]
+
+    @property
+    def segment(self) -> Segment:
+        return self.request.own_segments[self.index]
+
+    @property
+    def before(self) -> list[Segment]:
+        """What its tokens attend to besides themselves."""
+        return self.request.segments[: len(self.request.context) + self.index]
 
     def group_key(self) -> tuple[Any, ...]:
-        """Items with equal keys are scored and stored by the same calls; sorts stably by arrival inside."""
+        """Items with equal keys may be scored and stored by the same calls; sorts stably by arrival inside."""
         batch_params = self.request.sequence.batch_compression_params
         method = self.part.method
         if method is None:
@@ -40,28 +52,79 @@ class PrefillItem:
         return (type(method).__qualname__, repr(method), batch_params.compression_type, chunk)
 
 
-def build_batch(items: list[PrefillItem], runner: ModelRunner) -> PrefillBatch:
-    """The round's batch; its sequences are the items sorted by `PrefillItem.group_key`."""
-    device, ordered = runner.device, sorted(items, key=PrefillItem.group_key)
-    seqlens = tuple(len(item.part) for item in ordered)
+@dataclass(frozen=True, kw_only=True)
+class PrefillRound:
+    """What a prefill computes at a time.
+
+    Attributes:
+        batch: its sequences are what has to be computed; items that agree in that share one.
+        groups: the items of each of the batch's groups, in the order of their sequences.
+        rows: each item's sequence.
+    """
+
+    batch: PrefillBatch
+    groups: list[list[PrefillItem]]
+    rows: dict[PrefillItem, int]
+
+    def spans(self) -> Iterator[tuple[PrefillItem, int, int]]:
+        """Each item with the half-open range of its tokens in the batch."""
+        ends = list(accumulate(self.batch.seqlens))
+        for item, row in self.rows.items():
+            yield item, ends[row] - self.batch.seqlens[row], ends[row]
+
+
+def build_round(items: list[PrefillItem], runner: ModelRunner) -> PrefillRound:
+    """The round of items whose segments are reserved; its sequences are sorted by `PrefillItem.group_key`."""
+    leads, rows = _share_rows(sorted(items, key=PrefillItem.group_key))
+    groups = _group(rows)
+    begins = [0, *accumulate(len(item.part) for item in leads)]
+    stores = [_build_group(members, begins[rows[members[0]]], runner) for members in groups]
+    return PrefillRound(batch=_build_batch(leads, stores, runner.device), groups=groups, rows=rows)
+
+
+def _share_rows(ordered: list[PrefillItem]) -> tuple[list[PrefillItem], dict[PrefillItem, int]]:
+    """One item for each computation, and for each item which one is its own."""
+    if len(ordered) == 1:
+        return ordered, {ordered[0]: 0}
+    found: dict[tuple[Any, ...], int] = {}
+    rows = {item: found.setdefault(item.request.computation(item.index), len(found)) for item in ordered}
+    leads = {row: item for item, row in reversed(rows.items())}
+    return [leads[row] for row in range(len(found))], rows
+
+
+def _group(rows: dict[PrefillItem, int]) -> list[list[PrefillItem]]:
+    """Cuts items into groups that are stored alike and whose sequences follow each other."""
+    turns: Counter[tuple[Any, ...]] = Counter()
+    keyed = []
+    for item, row in rows.items():
+        key = item.group_key()
+        keyed.append((key, turns[key, row], row, item))
+        turns[key, row] += 1
+    groups: list[list[PrefillItem]] = []
+    last: tuple[Any, ...] = ()
+    for key, turn, row, item in sorted(keyed, key=lambda entry: entry[:3]):
+        if (key, turn, row - 1) != last:
+            groups.append([])
+        groups[-1].append(item)
+        last = (key, turn, row)
+    return groups
+
+
+def _build_batch(leads: list[PrefillItem], groups: list[StoreGroup], device: torch.device) -> PrefillBatch:
+    seqlens = tuple(len(item.part) for item in leads)
     tokens, positions, context_lens = [], [], []
-    for item in ordered:
+    for item in leads:
         begin, end = item.part.begin, item.part.end
         tokens += item.request.sequence.prompt_token_ids[begin:end]
         positions.append(np.arange(begin, end))
         context_lens.append(np.full(end - begin, end))
-    before = [item.request.segments[: item.part_index] for item in ordered]
+    before = [item.before for item in leads]
     segments_BG = None
     if any(before):
-        rows = np.full((len(ordered), MAX_SEGMENTS), -1, dtype=np.int32)
-        for row, segments in zip(rows, before, strict=True):
+        slots = np.full((len(leads), MAX_SEGMENTS), -1, dtype=np.int32)
+        for row, segments in zip(slots, before, strict=True):
             row[: len(segments)] = [segment.slot for segment in segments]
-        segments_BG = torch.from_numpy(rows).to(device, non_blocking=True)
-    groups, first, begin = [], 0, 0
-    for _, members in groupby(ordered, key=PrefillItem.group_key):
-        group = _build_group(list(members), first, begin, runner)
-        groups.append(group)
-        first, begin = group.last, group.end
+        segments_BG = torch.from_numpy(slots).to(device, non_blocking=True)
     return PrefillBatch(
         input_ids_T=torch.tensor(tokens, dtype=torch.int64).to(device, non_blocking=True),
         positions_T=torch.from_numpy(np.concatenate(positions)).to(device, non_blocking=True),
@@ -74,7 +137,7 @@ def build_batch(items: list[PrefillItem], runner: ModelRunner) -> PrefillBatch:
     )
 
 
-def _build_group(items: list[PrefillItem], first: int, begin: int, runner: ModelRunner) -> StoreGroup:
+def _build_group(items: list[PrefillItem], begin: int, runner: ModelRunner) -> StoreGroup:
     device, manager = runner.device, runner.manager
     kv_heads = runner.layer_infos[0].num_kv_heads
     lens = [len(item.part) for item in items]
@@ -98,8 +161,6 @@ def _build_group(items: list[PrefillItem], first: int, begin: int, runner: Model
         at += length
     return StoreGroup(
         method=items[0].part.method,
-        first=first,
-        last=first + len(items),
         begin=begin,
         end=begin + sum(lens),
         cu_seqlens=_borders(lens).to(device, non_blocking=True),

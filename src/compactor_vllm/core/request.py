@@ -149,6 +149,12 @@ class Request:
         """All segments that it attends to, in order."""
         return [*self.context, *self.own_segments]
 
+    def computation(self, index: int) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
+        """All that the hidden states of its part `index` depend on: parts that agree in it are computed once."""
+        part, before = self.parts[index], self.segments[: len(self.context) + index]
+        tokens = tuple(self.sequence.prompt_token_ids[part.begin : part.end])
+        return tuple(id(segment) for segment in before), part.begin, tokens
+
     @property
     def growth_tokens(self) -> int:
         """Tokens that decode may still append."""

@@ -105,6 +105,7 @@ class Scheduler:
         """
         self.contexts.collect()
         started: list[Request] = []
+        computed: set[tuple[object, ...]] = set()
         tokens = at = 0
         limit = self.max_prefill_tokens if most_tokens is None else most_tokens
         while at < len(self.queue):
@@ -117,7 +118,8 @@ class Scheduler:
             if not self.lookup.find_prefix(head, [*self.prefilling, *started]):
                 break
             self.lookup.find_run(head)
-            length = sum(len(part) for part in head.parts)
+            first = head.computation(0) if head.parts else ()
+            length = sum(len(part) for part in head.parts[first in computed :])
             full = tokens + length > limit and (bool(started) or most_tokens is not None)
             if head.offloaded is None and (full or (started and (head.alone or started[0].alone))):
                 break
@@ -134,6 +136,7 @@ class Scheduler:
                 self.lookup.count(head)
                 started.append(head)
                 tokens += length
+                computed.add(first)
             self.queue.pop(at)
         self.prefilling += started
         return started

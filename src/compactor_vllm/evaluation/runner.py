@@ -144,7 +144,10 @@ def _run_batch(
         return
     samples = {index: source.make(index) for index in sorted({head["index"] for head, _ in missing})}
     measure.prepare(list(samples.values()))
-    calls = [list(part) for _, part in groupby(missing, key=lambda pair: pair[1])] if apart else [missing]
+    # Prompts that follow each other are prefilled together, and equal ones only once.
+    calls = [sorted(missing, key=lambda pair: pair[0]["index"])]
+    if apart:
+        calls = [list(part) for _, part in groupby(missing, key=lambda pair: pair[1])]
     for call in calls:
         results = measure.measure([(samples[head["index"]], cell) for head, cell in call])
         directory.append([head | result for (head, _), result in zip(call, results, strict=True)])

@@ -35,13 +35,12 @@ class LayerPages:
 
 @dataclass(frozen=True, kw_only=True)
 class StoreGroup:
-    """Consecutive sequences of a prefill that are scored and stored alike.
+    """Consecutive sequences of a prefill, and a way in which they are scored and stored.
 
     Attributes:
         method: scores them; None stores every token.
-        first, last: half-open range of sequences.
-        begin, end: half-open range of tokens.
-        cu_seqlens: int32 [sequences + 1], their borders relative to `begin`.
+        begin, end: half-open range of tokens; several groups may store the same ones.
+        cu_seqlens: int32 [sequences + 1], the sequences' borders relative to `begin`.
         spans: what the method is told of them.
         slots_B, growth_B: int32, segment slots and page-table entries for growth.
         pages_L: for each layer, the pages that were reserved when the sequences were admitted.
@@ -54,8 +53,6 @@ class StoreGroup:
     """
 
     method: BaseCompressionMethod | None
-    first: int
-    last: int
     begin: int
     end: int
     cu_seqlens: Tensor
