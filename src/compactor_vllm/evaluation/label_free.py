@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 TOP_TOKENS = 32
 """Likeliest tokens of each position that distributions are compared on; all others count as one."""
 
+FULL_CELL = Cell(choice=MethodChoice(label=FULL_CACHE, method=FULL_CACHE), retention=1.0)
+
 CONTINUATION_TASK = "continuation"
 
 Distribution = Mapping[int, float]
@@ -82,27 +84,28 @@ class LabelFree:
     def __init__(self, llm: Any, config: RunConfig, *, context_nll: bool = False):
         self._llm, self._config, self._probes = llm, config, context_nll
         self._context_nll: dict[int, Record] = {}
-        self._full: dict[int, tuple[list[Distribution], Any]] = {}
+        self._known: dict[tuple[int, str, float], tuple[list[Distribution], Any]] = {}
         self._targets: dict[int, list[int]] = {}
 
     def prepare(self, samples: SequenceOf[Sample]) -> None:
-        """Predicts the targets with the full cache."""
+        """Forgets the samples of the batch before, and looks at the contexts of these."""
         self._targets = {id(sample): self._target(sample) for sample in samples}
-        cell = Cell(choice=MethodChoice(label=FULL_CACHE, method=FULL_CACHE), retention=1.0)
-        results = self._predict([(sample, cell) for sample in samples])
-        self._full = {id(sample): result for sample, result in zip(samples, results, strict=True)}
+        self._known = {}
         self._context_nll = self._probe(samples) if self._probes else {}
 
     def measure(self, pairs: SequenceOf[Pair]) -> list[Record]:
-        compressed = iter(self._predict([pair for pair in pairs if pair[1].choice.label != FULL_CACHE]))
+        # The full cache comes before the others of its sample, so that one prefill makes all of them.
+        wanted = {_key(*pair): pair for sample, cell in pairs for pair in ((sample, FULL_CELL), (sample, cell))}
+        missing = {key: pair for key, pair in wanted.items() if key not in self._known}
+        self._known |= dict(zip(missing, self._predict(list(missing.values())), strict=True))
         records = []
         for sample, cell in pairs:
-            full = self._full[id(sample)]
-            rows, sequence = full if cell.choice.label == FULL_CACHE else next(compressed)
-            known = self._context_nll.get(id(sample), {})
-            errors = attention_errors(full[1].attention_LTHD, sequence.attention_LTHD)
+            full_rows, full = self._known[_key(sample, FULL_CELL)]
+            rows, sequence = self._known[_key(sample, cell)]
+            errors = attention_errors(full.attention_LTHD, sequence.attention_LTHD)
             own = {"attention_error": fmean(errors), "attention_errors": [round(e, 6) for e in errors]}
-            records.append(compare(full[0], rows, self._targets[id(sample)]) | own | known | costs(sequence))
+            own |= self._context_nll.get(id(sample), {})
+            records.append(compare(full_rows, rows, self._targets[id(sample)]) | own | costs(sequence))
         return records
 
     def _probe(self, samples: SequenceOf[Sample]) -> dict[int, Record]:
@@ -138,6 +141,10 @@ class LabelFree:
         self._llm.generate_from_sequences(sequences)
         check_finished(sequences)
         return [(_tail(s, len(t)), s) for s, t in zip(sequences, targets, strict=True)]
+
+
+def _key(sample: Sample, cell: Cell) -> tuple[int, str, float]:
+    return id(sample), cell.choice.label, cell.retention
 
 
 def _tail(sequence: Sequence, count: int) -> list[Distribution]:
