@@ -223,9 +223,9 @@ class LeadingManager:
 
     # ---- part of what all ranks run --------------------------------------------------------------------------------
 
-    def settle(self, segments: list[Segment]) -> None:
+    def settle(self, segments: list[Segment], whole: bool = False) -> None:
         for rank, manager in enumerate(self.ranks):
-            manager.settle(self._of_rank(rank, segments))
+            manager.settle(self._of_rank(rank, segments), whole)
 
     def advance(self, segments: list[Segment]) -> None:
         for rank, manager in enumerate(self.ranks):

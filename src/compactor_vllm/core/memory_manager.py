@@ -143,10 +143,18 @@ class KVCacheManager(SegmentLayout):
         sizes_L = np.array([len(pages) for pages in segment.reserved_LP]) + self.kv_heads_L * segment.growth_pages
         return segment.table_begin + np.cumsum(sizes_L) - sizes_L
 
-    def settle(self, segments: Sequence[Segment]) -> None:
-        """Ends a prefill: reads how many tokens each head kept and gives back the pages that none needed."""
+    def settle(self, segments: Sequence[Segment], whole: bool = False) -> None:
+        """Ends a prefill: reads how many tokens each head kept and gives back the pages that none needed.
+
+        Args:
+            whole: every head has kept all tokens, so that nothing has to be read, which would wait for the device.
+        """
         cache = self.cache
-        cache.refresh_lens([segment.slot for segment in segments])
+        if whole:
+            for segment in segments:
+                cache.host_lens_LSK[:, segment.slot] = segment.num_tokens * self._real_LK
+        else:
+            cache.refresh_lens([segment.slot for segment in segments])
         for segment in segments:
             assert segment.reserved_LP is not None
             pages_LK = -(-cache.host_lens_LSK[:, segment.slot] // self.page_size)
