@@ -8,7 +8,20 @@ import torch
 
 from compactor_vllm.errors import InvalidInputError
 
-__all__ = ["PrefillConfig", "copies_in_bulk", "default_prefill_config", "padded_head_dim"]
+__all__ = [
+    "MAX_SPLITS",
+    "MIN_SPLIT_TOKENS",
+    "PrefillConfig",
+    "copies_in_bulk",
+    "default_prefill_config",
+    "padded_head_dim",
+    "prefix_bound",
+]
+
+MIN_SPLIT_TOKENS = 512
+"""A shorter split of a prefix costs more to merge than it saves."""
+
+MAX_SPLITS = 32
 
 # Cards that give one block less than 128 KiB of shared memory.
 _SMALL_SHARED_MEMORY = ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1))
@@ -62,6 +75,16 @@ def default_prefill_config(
 def copies_in_bulk(capability: tuple[int, int], dtype: torch.dtype, page_size: int | None) -> bool:
     """Whether tiles are copied by the bulk copy engine of sm_90 and sm_100; a tile of a prefix must lie in one page."""
     return capability[0] in (9, 10) and dtype != torch.float32 and (page_size is None or page_size >= 64)
+
+
+def prefix_bound(tokens: int) -> int:
+    """A bound on the tokens of a prefix, of few, for launches that are captured for all prefixes below it.
+
+    It is as good as the exact one up to a factor of two, or where a prefix has all the splits that it can have.
+    """
+    if tokens > MIN_SPLIT_TOKENS * MAX_SPLITS:
+        return 2**30
+    return max(MIN_SPLIT_TOKENS, 1 << (tokens - 1).bit_length()) if tokens else 0
 
 
 def padded_head_dim(head_dim: int) -> int:

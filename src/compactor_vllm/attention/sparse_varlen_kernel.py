@@ -17,7 +17,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from compactor_vllm.attention.decode_config import multiprocessors
 from compactor_vllm.attention.prefill_arguments import check_prefill_arguments
-from compactor_vllm.attention.prefill_config import PrefillConfig, default_prefill_config, padded_head_dim
+from compactor_vllm.attention.prefill_config import (
+    MAX_SPLITS,
+    MIN_SPLIT_TOKENS,
+    PrefillConfig,
+    default_prefill_config,
+    padded_head_dim,
+)
 from compactor_vllm.attention.prefill_kernel import merge_kernel, prefill_kernel
 from compactor_vllm.attention.ragged_prefix import RaggedPrefix
 from compactor_vllm.errors import InvalidInputError
@@ -26,9 +32,6 @@ __all__ = ["aot_signatures", "prefill_attention"]
 
 _LOG2_E = 1.4426950408889634
 _MERGE_ROWS = 16
-# A split shorter than this costs more to merge than it saves.
-_MIN_SPLIT_TOKENS = 512
-_MAX_SPLITS = 32
 # Left alone, ptxas spills a few bytes to fit one block more on a multiprocessor.
 COMPILE_OPTIONS = {"maxnreg": 255}
 _PREFIX_POINTERS = (
@@ -135,7 +138,7 @@ def _choose_splits(programs: int, prefix: RaggedPrefix | None, device: torch.dev
     """Splits of the prefix, a power of two, that fill the card with at most one program per multiprocessor."""
     if prefix is None:
         return 1
-    splits = max(1, min(multiprocessors(device) // programs, prefix.max_len // _MIN_SPLIT_TOKENS, _MAX_SPLITS))
+    splits = max(1, min(multiprocessors(device) // programs, prefix.max_len // MIN_SPLIT_TOKENS, MAX_SPLITS))
     return 1 << (splits.bit_length() - 1)
 
 

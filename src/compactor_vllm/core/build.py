@@ -160,8 +160,8 @@ def build_rank(
         manager = LeadingManager(manager, ledgers, team, model.kv_heads.replicas)  # type: ignore[assignment]
         runner = LeadingRunner(model, kernels, manager, *parts, team=team)
     if runner.step.use_graphs() and not config.enforce_eager:
-        runner.step.capture_all(config.show_progress_bar and group.rank == 0)
-        memory = replace(memory, graphs=runner.step.graph_bytes)
+        graphs = runner.capture_graphs(plan.max_len, config.show_progress_bar and group.rank == 0)
+        memory = replace(memory, graphs=graphs)
     return RankParts(runner=runner, manager=manager, sizes=sizes, kernels=kernels, plan=memory)
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from compactor_vllm.core.captures import GraphPool, InputBuffer
 from compactor_vllm.core.request import Request
 from compactor_vllm.kv_cache.page_table import PagedKVCache
 from compactor_vllm.layers.attention import LayerInfo
@@ -29,7 +30,7 @@ _TOKEN, _POSITION, _SLOT, _SOURCE, _FIELDS = range(5)  # columns of a step's inp
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeOutput:
-    """What a step leaves on the device, until the next one with graphs overwrites it.
+    """What a step leaves on the device, until the next step from a graph overwrites it.
 
     Attributes:
         logits_BV: float32.
@@ -54,7 +55,7 @@ class DecodeStep:
     Attributes:
         drawn_B: int64, what the last step drew for each row.
         queries_LBHD: the queries of the last step.
-        graph_bytes: memory that captured graphs hold.
+        pool: memory of its graphs.
     """
 
     def __init__(
@@ -68,18 +69,15 @@ class DecodeStep:
     ):
         self.model, self.layers, self.kernels, self.cache, self.layer_infos = model, layers, kernels, cache, layer_infos
         self.max_rows, self.device = max_rows, cache.device
-        spec, on_gpu = model.spec, cache.device.type == "cuda"
-        self._inputs = torch.zeros(max_rows, _FIELDS + MAX_SEGMENTS, dtype=torch.int32, device=self.device)
-        # Two, so that one can be written while the copy of the other is still on its way.
-        self._host = [torch.zeros(self._inputs.shape, dtype=torch.int32, pin_memory=on_gpu) for _ in range(2)]
-        self._copied = [torch.cuda.Event() for _ in range(2)] if on_gpu else []
+        spec = model.spec
+        self._inputs = InputBuffer(max_rows, _FIELDS + MAX_SEGMENTS, device=self.device)
         self.drawn_B = torch.zeros(max_rows, dtype=torch.int64, device=self.device)
         shape = (spec.num_layers, max_rows, model.num_heads, spec.head_dim)
         self.queries_LBHD = torch.zeros(shape, dtype=cache.dtype, device=self.device)
         self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, DecodeOutput]] = {}
-        self._pool: Any = None
+        self._logits_BV: Tensor | None = None  # of all graphs; without graphs each step has its own
+        self.pool = GraphPool()
         self.buckets: list[int] = []
-        self.graph_bytes = 0
 
     # ---- running a step ------------------------------------------------------------------------------------------
 
@@ -103,28 +101,21 @@ class DecodeStep:
         self._write_inputs(inputs_BX, size or rows)
         if size is None:
             return self._launch(rows, several)
-        if (size, several) not in self._graphs:
-            self._capture(size, several)
         graph, output = self._graphs[size, several]
         graph.replay()
         return DecodeOutput(logits_BV=output.logits_BV[:rows], greedy_2B=output.greedy_2B[:, :rows])
 
     def launch_idle(self, rows: int, several: bool = False) -> Tensor:
         """A step of rows without sequences, which changes nothing; its logits."""
-        self._inputs[:, _TOKEN], self._inputs[:, _POSITION], self._inputs[:, _SLOT:] = 0, 0, -1
+        inputs = self._inputs.tensor
+        inputs[:, _TOKEN], inputs[:, _POSITION], inputs[:, _SLOT:] = 0, 0, -1
         return self._launch(rows, several).logits_BV
 
     def _write_inputs(self, inputs_BX: np.ndarray, rows: int) -> None:
-        self._host.reverse()
-        self._copied.reverse()
-        if self._copied:
-            self._copied[0].synchronize()
-        host = self._host[0].numpy()[:rows]
+        host = self._inputs.next()[:rows]
         host[:, _TOKEN], host[:, _POSITION], host[:, _SLOT:] = 0, 0, -1
         host[: len(inputs_BX)] = inputs_BX
-        self._inputs[:rows].copy_(self._host[0][:rows], non_blocking=True)
-        if self._copied:
-            self._copied[0].record()
+        self._inputs.send(rows)
 
     def _launch(self, rows: int, several: bool) -> DecodeOutput:
         """All launches of a step of `rows` rows.
@@ -132,7 +123,7 @@ class DecodeStep:
         Args:
             several: whether sequences may have more than one segment; the only one is a sequence's own.
         """
-        model, attention, inputs = self.model, self.kernels.attention, self._inputs[:rows]
+        model, attention, inputs = self.model, self.kernels.attention, self._inputs.tensor[:rows]
         ops = self.kernels.pointwise
         model.group.broadcast_(self.drawn_B)
         source_B = inputs[:, _SOURCE].long()
@@ -159,7 +150,7 @@ class DecodeStep:
                 options["layer"] = info.index
             attention_BHD = attention.decode(q_BHD, cache, segments_BG, info.scale, **options)
             x_BE = layer.mlp_output(layer.attention_output(x_BE, attention_BHD), ops)
-        logits_BV = model.logits(x_BE, ops)
+        logits_BV = model.logits(x_BE, ops, None if self._logits_BV is None else self._logits_BV[:rows])
         best_B, ids_B = logits_BV.max(dim=1)
         self.drawn_B[:rows] = ids_B
         return DecodeOutput(logits_BV=logits_BV, greedy_2B=torch.stack([ids_B, (~best_B.isfinite()).long()]))
@@ -191,23 +182,15 @@ class DecodeStep:
         return self.device.type == "cuda" and self.kernels.attention.plan_decode is not None and not waits
 
     def capture_all(self, show_progress: bool) -> None:
-        """Captures the steps of every bucket for one segment a sequence (those for more when they are first needed)."""
+        """Captures the steps of every bucket, for one segment a sequence and for several."""
         self.buckets = graph_buckets(self.max_rows)
-        before = torch.cuda.memory_reserved(self.device)
+        shape = (self.max_rows, self.model.spec.vocab_size)
+        self._logits_BV = torch.empty(shape, dtype=torch.float32, device=self.device)
         for size in track(self.buckets[::-1], "capturing CUDA graphs", show_progress):
-            self._capture(size, False)
-        self.graph_bytes = torch.cuda.memory_reserved(self.device) - before
-
-    def _capture(self, rows: int, several: bool) -> None:
-        kept, drawn = self._inputs.clone(), self.drawn_B.clone()
-        self.launch_idle(rows, several)  # compiles and loads what the capture must not
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            output = self._launch(rows, several)
-        self._pool = graph.pool()
-        self._graphs[rows, several] = (graph, output)
-        self._inputs.copy_(kept)
-        self.drawn_B.copy_(drawn)
+            for several in (True, False):
+                self.launch_idle(size, several)  # compiles and loads what the capture must not
+                launch = partial(self._launch, size, several)
+                self._graphs[size, several] = self.pool.capture(launch)
 
 
 def graph_buckets(max_rows: int) -> list[int]:

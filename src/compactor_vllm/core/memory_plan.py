@@ -13,6 +13,7 @@ from compactor_vllm.compression.none import NoCompression
 from compactor_vllm.config import LLMConfig, SamplingParams
 from compactor_vllm.core.memory_manager import KVCacheManager
 from compactor_vllm.core.model_runner import ModelRunner
+from compactor_vllm.core.question_graphs import MAX_TOKENS
 from compactor_vllm.core.request import PrefillPart, Request
 from compactor_vllm.core.unit_sizes import INTERRUPTING_TOKENS, UnitSizes
 from compactor_vllm.distributed.group import Group
@@ -42,12 +43,14 @@ class MemoryUsage:
     Attributes:
         weights: parameters and tables of angles.
         prefill: peak of the activations of the largest prefill.
-        decode: peak of the largest decode step and its draws; CUDA graphs take as much.
+        decode: peak of the largest decode step and its draws.
+        question: peak of the largest prefill that is captured. CUDA graphs take as much as both.
     """
 
     weights: int
     prefill: int
     decode: int
+    question: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +109,11 @@ def measure_usage(
     """
     weights = sum(p.nbytes for p in model.parameters())
     if device.type != "cuda":
-        return MemoryUsage(weights=weights, prefill=0, decode=0)
+        return MemoryUsage(weights=weights, prefill=0, decode=0, question=0)
     tokens = max(sizes.prefill_tokens, max_len) + min(INTERRUPTING_TOKENS, max_len)
     lengths = [max_len] * (tokens // max_len) + ([tokens % max_len] if tokens % max_len else [])
     try:
-        prefill, decode = _measure_peaks(config, model, kernels, sizes, lengths, dtype, device)
+        prefill, decode, question = _measure_peaks(config, model, kernels, sizes, lengths, dtype, device)
     except torch.cuda.OutOfMemoryError as error:
         raise ConfigError(
             f"a prefill of {tokens:,} tokens does not fit into the GPU's memory beside {weights / 2**20:,.0f} MiB of "
@@ -118,7 +121,7 @@ def measure_usage(
         ) from error
     finally:
         torch.cuda.empty_cache()
-    return MemoryUsage(weights=weights, prefill=prefill, decode=decode)
+    return MemoryUsage(weights=weights, prefill=prefill, decode=decode, question=question)
 
 
 def _measure_peaks(
@@ -129,7 +132,7 @@ def _measure_peaks(
     lengths: list[int],
     dtype: torch.dtype,
     device: torch.device,
-) -> tuple[int, int]:
+) -> tuple[int, int, int]:
     page = config.kvcache_page_size
     manager = KVCacheManager(
         layers=model.layer_kv[:1],
@@ -149,9 +152,11 @@ def _measure_peaks(
     context.num_tokens = max(lengths)  # as long as any, though nothing was kept of it
     for question in (min(_QUESTION_TOKENS, short), short):
         _prefill(runner, sizes, [question], question, None, (context,))
+    tokens = min(MAX_TOKENS, short)
+    question = _peak(lambda: _prefill(runner, sizes, [tokens], tokens, None, (context,)), device)
     manager.free(context)
     prefill = _peak(lambda: _prefill(runner, sizes, lengths, page, Compactor()), device)
-    return prefill, _peak(lambda: _decode(runner, config.max_num_seqs), device)
+    return prefill, _peak(lambda: _decode(runner, config.max_num_seqs), device), question
 
 
 def _peak(run: Callable[[], None], device: torch.device) -> int:
@@ -226,7 +231,7 @@ def plan_memory(
     """
     size = page_bytes(layers, config.kvcache_page_size, dtype)
     per_page = size + _META_BYTES * config.kvcache_page_size
-    graphs = 0 if config.enforce_eager or device.type != "cuda" else usage.decode
+    graphs = 0 if config.enforce_eager or device.type != "cuda" else usage.decode + usage.question
     activations = max(usage.prefill, usage.decode)
     budget = config.kv_cache_memory_bytes
     if budget is None and device.type == "cpu":

@@ -19,6 +19,7 @@ from compactor_vllm.core.decode_step import DecodeOutput, DecodeStep
 from compactor_vllm.core.memory_manager import KVCacheManager
 from compactor_vllm.core.prefill import PrefillJob
 from compactor_vllm.core.prefill_batch import PrefillItem
+from compactor_vllm.core.question_graphs import QuestionGraphs
 from compactor_vllm.core.request import Request
 from compactor_vllm.core.row_access import RowAccess
 from compactor_vllm.core.unit_sizes import UnitSizes
@@ -39,6 +40,10 @@ class ModelRunner:
         manager: owner of the page pool; if its cache has fewer layers than the model, only the first ones run.
         sketch_size: columns of the random sketch that methods get.
         max_num_seqs: most sequences of a decode step.
+
+    Attributes:
+        step: decode steps.
+        questions: captured prefills of short prompts, if there are any.
     """
 
     def __init__(self, model: CausalLM, kernels: Kernels, manager: KVCacheManager, sketch_size: int, max_num_seqs: int):
@@ -62,6 +67,20 @@ class ModelRunner:
         ]
         self._rows = RowAccess(self.cache, model.kv_heads)
         self.step = DecodeStep(model, self.layers, kernels, self.cache, self.layer_infos, max_num_seqs)
+        self.questions: QuestionGraphs | None = None
+
+    def capture_graphs(self, max_len: int, show_progress: bool) -> int:
+        """Captures decode steps, and the prefill of short prompts unless ranks share the heads.
+
+        Returns:
+            bytes that graphs hold.
+        """
+        before = torch.cuda.memory_reserved(self.device)
+        self.step.capture_all(show_progress)
+        if self.model.group.size == 1:
+            self.questions = QuestionGraphs(self)
+            self.questions.capture_common(max_len, show_progress)
+        return torch.cuda.memory_reserved(self.device) - before
 
     def prefill(self, requests: list[Request], sizes: UnitSizes) -> PrefillJob:
         """A job for requests whose segments are reserved; `advance` it until it is done."""

@@ -119,8 +119,12 @@ class PrefillJob:
         rounds = max(len(request.parts) for request in self.requests)
         for part in range(rounds):
             items = [PrefillItem(request=r, index=part) for r in self.requests if part < len(r.parts)]
-            current = build_round(items, self.runner)
-            yield from self._round(current)
+            graphs = self.runner.questions
+            logits = None if graphs is None else graphs.run(items)
+            if logits is None:
+                yield from self._round(build_round(items, self.runner))
+            else:
+                self.logits.update({item.request: row for item, row in zip(items, logits, strict=True)})
             self._finish_round(items)
 
     def _round(self, current: PrefillRound) -> Iterator[None]:
@@ -267,7 +271,8 @@ class PrefillJob:
     def _finish_round(self, items: list[PrefillItem]) -> None:
         """Makes the round's segments real: lengths are read, spare pages return, deferred methods drop tokens."""
         runner = self.runner
-        runner.manager.settle([item.segment for item in items])
+        whole = all(item.part.method is None for item in items)
+        runner.manager.settle([item.segment for item in items], whole)
         for item in items:
             if item.part.method is not None and item.part.method.mode == "deferred":
                 runner.apply_deferred(item)

@@ -130,10 +130,10 @@ class CausalLM(nn.Module, ABC):
         """The residual stream [T, E] that enters the first layer; the caller owns it."""
         return self.embed_tokens(input_ids_T)
 
-    def logits(self, x_RE: Tensor, ops: Pointwise = TORCH) -> Tensor:
-        """float32 [R, vocab_size] from rows of the residual stream that left the last layer."""
+    def logits(self, x_RE: Tensor, ops: Pointwise = TORCH, out: Tensor | None = None) -> Tensor:
+        """float32 [R, vocab_size] from rows of the residual stream that left the last layer; see `VocabEmbedding`."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return head.logits(self.norm(x_RE, ops))
+        return head.logits(self.norm(x_RE, ops), out)
 
     def weight_slots(self) -> Iterator[WeightSlot]:
         """Every tensor that a checkpoint must have, under its Hugging Face name, and where it goes."""
