@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
 from compactor_vllm.errors import InvalidInputError
+from compactor_vllm.utils.helpers import power_of_two
 
 __all__ = [
     "MAX_SPLITS",
@@ -54,6 +56,7 @@ class PrefillConfig:
                 raise InvalidInputError(f"{name} must be positive, not {getattr(self, name)}")
 
 
+@cache
 def default_prefill_config(
     capability: tuple[int, int], dtype: torch.dtype, head_dim: int, page_size: int | None = None
 ) -> PrefillConfig:
@@ -84,12 +87,12 @@ def prefix_bound(tokens: int) -> int:
     """
     if tokens > MIN_SPLIT_TOKENS * MAX_SPLITS:
         return 2**30
-    return max(MIN_SPLIT_TOKENS, 1 << (tokens - 1).bit_length()) if tokens else 0
+    return max(MIN_SPLIT_TOKENS, power_of_two(tokens)) if tokens else 0
 
 
 def padded_head_dim(head_dim: int) -> int:
     """D of the kernel's tiles: the next power of two, at least 16."""
-    return max(16, 1 << (head_dim - 1).bit_length())
+    return max(16, power_of_two(head_dim))
 
 
 def _tiles(capability: tuple[int, int], dtype: torch.dtype, block_d: int, has_prefix: bool) -> PrefillConfig:

@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -27,6 +26,7 @@ from compactor_vllm.attention.prefill_config import (
 from compactor_vllm.attention.prefill_kernel import merge_kernel, prefill_kernel
 from compactor_vllm.attention.ragged_prefix import RaggedPrefix
 from compactor_vllm.errors import InvalidInputError
+from compactor_vllm.utils.helpers import ceil_div
 
 __all__ = ["aot_signatures", "prefill_attention"]
 
@@ -109,7 +109,7 @@ def prefill_attention(
     if config is None:
         page_size = None if prefix is None else prefix.cache.page_size
         config = default_prefill_config(capability_of(q_THD.device), q_THD.dtype, D, page_size)
-    tiles = triton.cdiv(max_seqlen * (H // K), config.block_m)
+    tiles = ceil_div(max_seqlen * (H // K), config.block_m)
     splits = _choose_splits(K * tiles * num_seqs, prefix, q_THD.device) if num_splits is None else num_splits
     if splits < 1 or splits & (splits - 1):
         raise InvalidInputError(f"num_splits must be a power of two, not {splits}")
@@ -122,7 +122,7 @@ def prefill_attention(
     parts = torch.empty((splits, T, H, D), dtype=torch.float32, device=q_THD.device)
     part_lse = torch.empty((splits, T, H), dtype=torch.float32, device=q_THD.device)
     _launch(grid, *rows, parts, part_lse, scale, prefix, config)
-    merge_kernel[(H, num_seqs, triton.cdiv(max_seqlen, _MERGE_ROWS))](
+    merge_kernel[(H, num_seqs, ceil_div(max_seqlen, _MERGE_ROWS))](
         parts, part_lse, out, lse, cu_q, parts.stride(0), part_lse.stride(0), out.stride(0), out.stride(1), H, splits,
         D=D, BLOCK_D=padded_head_dim(D), BLOCK_M=_MERGE_ROWS, HAS_LSE=lse is not None, num_warps=4,
     )  # fmt: skip

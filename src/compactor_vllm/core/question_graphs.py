@@ -25,7 +25,7 @@ from compactor_vllm.attention.ragged_prefix import RaggedPrefix
 from compactor_vllm.core.captures import InputBuffer
 from compactor_vllm.core.prefill_batch import PrefillItem
 from compactor_vllm.utils.context import MAX_SEGMENTS
-from compactor_vllm.utils.helpers import track
+from compactor_vllm.utils.helpers import power_of_two, track
 
 if TYPE_CHECKING:
     from compactor_vllm.core.model_runner import ModelRunner
@@ -62,10 +62,10 @@ class QuestionShape(NamedTuple):
         if sum(lens) > MAX_TOKENS or len(lens) > MAX_SEQUENCES:
             return None
         return QuestionShape(
-            tokens=max(_power_of_two(sum(lens)), MIN_TOKENS),
-            sequences=_power_of_two(len(lens)),
-            longest=max(_power_of_two(max(lens)), MIN_TOKENS),
-            segments=_power_of_two(max(map(len, before))),
+            tokens=max(power_of_two(sum(lens)), MIN_TOKENS),
+            sequences=power_of_two(len(lens)),
+            longest=max(power_of_two(max(lens)), MIN_TOKENS),
+            segments=power_of_two(max(map(len, before))),
             prefix=prefix_bound(max(sum(segment.num_tokens for segment in segments) for segments in before)),
         )
 
@@ -255,8 +255,3 @@ def _is_plain(item: PrefillItem) -> bool:
         and sequence.attention_from is None
         and sequence.sampling_params.prompt_logprobs is None
     )
-
-
-def _power_of_two(count: int) -> int:
-    """The smallest one that is not below a count; 0 for 0."""
-    return 1 << (count - 1).bit_length() if count else 0

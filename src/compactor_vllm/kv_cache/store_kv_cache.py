@@ -18,6 +18,7 @@ from torch import Tensor
 
 from compactor_vllm.kv_cache.checks import check_append, check_compact, check_store_all, check_store_selected
 from compactor_vllm.kv_cache.layer_cache import LayerCache
+from compactor_vllm.utils.helpers import ceil_div, power_of_two
 
 _ROWS = 32  # rows that a store program copies: 16 KiB of K and V at D 128, enough loads in flight
 _COMPACT_ROWS = 512
@@ -39,7 +40,7 @@ def store_selected(
     num_pairs = kept_idx.numel()
     if num_pairs == 0:
         return
-    _store_selected_kernel[(triton.cdiv(num_pairs, _ROWS),)](
+    _store_selected_kernel[(ceil_div(num_pairs, _ROWS),)](
         *_row_arguments(k_TKD, v_TKD, positions_T, scores_TK),
         kept_idx,
         counts_BK,
@@ -67,7 +68,7 @@ def store_all(
     num_rows = k_TKD.shape[0] * k_TKD.shape[1]
     if num_rows == 0:
         return
-    _store_all_kernel[(triton.cdiv(num_rows, _ROWS),)](
+    _store_all_kernel[(ceil_div(num_rows, _ROWS),)](
         *_row_arguments(k_TKD, v_TKD, positions_T, scores_TK),
         cu_seqlens_B1,
         cu_seqlens_B1 if base_BK is None else base_BK,
@@ -106,7 +107,7 @@ def compact(cache: LayerCache, kept_rank: Tensor, counts_BK: Tensor, slots_B: Te
         return
     part = max(16, _COMPACT_BYTES // cache.k_pages_PRD.element_size())
     dims = _dims(cache)
-    k_parts, v_parts = triton.cdiv(dims["K_DIM"], part), triton.cdiv(dims["V_DIM"], part)
+    k_parts, v_parts = ceil_div(dims["K_DIM"], part), ceil_div(dims["V_DIM"], part)
     _compact_kernel[(counts_BK.numel(), k_parts + v_parts + 1)](
         kept_rank,
         counts_BK,
@@ -151,8 +152,8 @@ def _dims(cache: LayerCache) -> dict[str, int]:
         "PAGE_SIZE": cache.page_size,
         "K_DIM": k_dim,
         "V_DIM": v_dim,
-        "K_PADDED": triton.next_power_of_2(k_dim),
-        "V_PADDED": triton.next_power_of_2(v_dim),
+        "K_PADDED": power_of_two(k_dim),
+        "V_PADDED": power_of_two(v_dim),
     }
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from compactor_vllm.kv_cache.checks import check_assign_pages
 from compactor_vllm.kv_cache.layer_cache import LayerCache
+from compactor_vllm.utils.helpers import power_of_two
 
 _PAGES_AT_ONCE = 512
 
@@ -45,7 +46,7 @@ def assign_pages(
         cache.head_begin_SK.stride(0),
         cache.seg_lens_SK.stride(0),
         NUM_KV_HEADS=num_kv_heads,
-        HEADS_PADDED=triton.next_power_of_2(num_kv_heads),
+        HEADS_PADDED=power_of_two(num_kv_heads),
         PAGE_SIZE=cache.page_size,
         PAGES_AT_ONCE=_PAGES_AT_ONCE,
         num_warps=4,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_kind, check_tensor
+from compactor_vllm.utils.helpers import ceil_div, power_of_two
 
 MAX_NORM_SIZE = 16384  # elements of a row that a program of `rms_norm` holds in registers
 
@@ -53,7 +54,7 @@ def silu_and_mul(gate_up_TX: Tensor, out_TI: Tensor | None = None) -> Tensor:
     if num_rows == 0 or size == 0:
         return out_TI
     block = _BLOCK_FEW if num_rows <= _FEW_ROWS else _BLOCK_MANY
-    blocks = triton.cdiv(size, block)
+    blocks = ceil_div(size, block)
     _silu_and_mul_kernel[(num_rows * blocks,)](
         gate_up_TX,
         out_TI,
@@ -93,7 +94,7 @@ def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float, out: Tensor | None = No
         check_matrix("out", out, (num_rows, size), (x_TE.dtype,), x_TE.device)
     if num_rows == 0:
         return out
-    padded = triton.next_power_of_2(size)
+    padded = power_of_two(size)
     _rms_norm_kernel[(num_rows,)](
         x_TE,
         weight_E,

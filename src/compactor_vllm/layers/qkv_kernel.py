@@ -22,6 +22,7 @@ from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_tensor
 from compactor_vllm.kv_cache.layer_cache import LayerCache
 from compactor_vllm.layers.activation_kernel import check_eps, check_matrix
+from compactor_vllm.utils.helpers import ceil_div, power_of_two
 
 _SPLIT_WARPS = 4
 _SPLIT_TILE = 1024  # elements of half a head times tokens of a program: 16 bytes a thread of either half
@@ -80,8 +81,8 @@ def split_qkv(
         return
     optional = (q_raw_THD, k_raw_TKD, *norms)
     constants = _split_constants(num_heads, num_kv_heads, dim, many=num_tokens >= _MANY_TOKENS)
-    blocks = triton.cdiv(num_tokens, constants["TOKENS"])
-    groups = triton.cdiv(num_heads, constants["Q_GROUP"]) + 2 * triton.cdiv(num_kv_heads, constants["KV_GROUP"])
+    blocks = ceil_div(num_tokens, constants["TOKENS"])
+    groups = ceil_div(num_heads, constants["Q_GROUP"]) + 2 * ceil_div(num_kv_heads, constants["KV_GROUP"])
     _split_kernel[(blocks * groups,)](
         *(qkv_TX, q_out_THD, k_out_TKD, v_out_TKD),
         *(qkv_TX if tensor is None else tensor for tensor in optional),
@@ -143,7 +144,7 @@ def split_qkv_append(
     stored = (cache.k_pages_PRD, cache.v_pages_PRD, cache.positions_PR, cache.scores_PR)
     segments = (cache.head_begin_SK, cache.seg_lens_SK)
     constants = _append_constants(num_heads, num_kv_heads, dim)
-    groups = triton.cdiv(num_heads, constants["GROUP"]) + triton.cdiv(num_kv_heads, constants["GROUP"])
+    groups = ceil_div(num_heads, constants["GROUP"]) + ceil_div(num_kv_heads, constants["GROUP"])
     _split_append_kernel[(num_seqs * groups,)](
         *(qkv_BX, q_out_BHD),
         *(qkv_BX if norm_D is None else norm_D for norm_D in norms),
@@ -192,7 +193,7 @@ def _check_inputs(
 
 
 def _split_constants(num_heads: int, num_kv_heads: int, dim: int, *, many: bool) -> dict[str, int]:
-    padded, group = triton.next_power_of_2(dim // 2), _HEADS_OF_MANY if many else 1
+    padded, group = power_of_two(dim // 2), _HEADS_OF_MANY if many else 1
     return {
         **{"HEADS": num_heads, "KV_HEADS": num_kv_heads, "HALF": dim // 2, "PADDED": padded},
         "TOKENS": max(1, _SPLIT_TILE // padded),
@@ -202,7 +203,7 @@ def _split_constants(num_heads: int, num_kv_heads: int, dim: int, *, many: bool)
 
 
 def _append_constants(num_heads: int, num_kv_heads: int, dim: int) -> dict[str, int]:
-    padded, most = triton.next_power_of_2(dim // 2), triton.next_power_of_2(max(num_heads, num_kv_heads))
+    padded, most = power_of_two(dim // 2), power_of_two(max(num_heads, num_kv_heads))
     return {
         **{"HEADS": num_heads, "KV_HEADS": num_kv_heads, "HALF": dim // 2, "PADDED": padded},
         "GROUP": min(max(1, _APPEND_TILE // padded), most),

@@ -10,6 +10,16 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up. `triton.cdiv` takes microseconds, which add up between the launches of a prefill."""
+    return -(-a // b)
+
+
+def power_of_two(count: int) -> int:
+    """The smallest one that is at least `count`; 0 for 0. As `triton.next_power_of_2`, in less time."""
+    return 1 << (count - 1).bit_length() if count else 0
+
+
 def derive_seed(seed: int, index: int | str) -> int:
     """A seed in [0, 2^63) for request number `index` of an engine, or for a weight of that name."""
     digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
