@@ -15,7 +15,7 @@ from compactor_vllm.compression.allocation import selection_arguments
 from compactor_vllm.compression.common import SequenceSpan
 from compactor_vllm.core.request import PrefillPart, Request
 from compactor_vllm.kv_cache.segment import Segment
-from compactor_vllm.utils.context import MAX_SEGMENTS, LayerPages, PrefillBatch, StoreGroup
+from compactor_vllm.utils.context import LayerPages, PrefillBatch, StoreGroup
 
 if TYPE_CHECKING:
     from compactor_vllm.core.memory_manager import KVCacheManager
@@ -121,7 +121,7 @@ def _build_batch(leads: list[PrefillItem], groups: list[StoreGroup], device: tor
     before = [item.before for item in leads]
     segments_BG = None
     if any(before):
-        slots = np.full((len(leads), MAX_SEGMENTS), -1, dtype=np.int32)
+        slots = np.full((len(leads), max(map(len, before))), -1, dtype=np.int32)
         for row, segments in zip(slots, before, strict=True):
             row[: len(segments)] = [segment.slot for segment in segments]
         segments_BG = torch.from_numpy(slots).to(device, non_blocking=True)
