@@ -161,13 +161,13 @@ class Bench:
         seconds, size = time.perf_counter() - began, path.stat().st_size
         written = _write_rate(folder / "plain", size)
         self.transfer("save", retention, size / seconds, written, to_host)
-        if not _drop_from_cache(path):
+        if not drop_from_cache(path):
             print("the page cache cannot be dropped here: the cold rates are those of the page cache", flush=True)
-        cold = _read_rate(path)
-        warm = _read_rate(path)
+        cold = read_rate(path)
+        warm = read_rate(path)
         for kind, disk in (("load cold", cold), ("load warm", warm)):
             if kind == "load cold":
-                _drop_from_cache(path)
+                drop_from_cache(path)
             samples = []
             for _ in range(1 if kind == "load cold" else 2):
                 began = time.perf_counter()
@@ -224,7 +224,7 @@ def _write_rate(path: Path, size: int) -> float:
     return size / seconds
 
 
-def _read_rate(path: Path) -> float:
+def read_rate(path: Path) -> float:
     """Bytes a second that as many threads as load has read in blocks, and do nothing with."""
     size = path.stat().st_size
 
@@ -239,7 +239,7 @@ def _read_rate(path: Path) -> float:
     return size / (time.perf_counter() - began)
 
 
-def _drop_from_cache(path: Path) -> bool:
+def drop_from_cache(path: Path) -> bool:
     """Writes a file to the disk and has the page cache forget it, where that is possible."""
     if not hasattr(os, "posix_fadvise"):
         return False

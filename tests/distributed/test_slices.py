@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from compactor_vllm.utils import gguf_file
+from compactor_vllm.errors import CheckpointError
+from compactor_vllm.utils import gguf_file, stored_tensor
 from compactor_vllm.utils.gguf_file import GGUFFile, GGUFTensor
 from compactor_vllm.utils.stored_tensor import SafetensorsFile
 
@@ -24,6 +25,32 @@ def test_safetensors_slices(tmp_path, monkeypatch):
         target = torch.empty_like(expected)
         tensors[name].copy_into(target, dim, (begin, end))
         assert torch.equal(target, expected)
+
+
+@pytest.mark.parametrize("block_bytes", [1, 100, 2**24])
+def test_safetensors_rows_arrive_block_by_block(tmp_path, monkeypatch, block_bytes):
+    from safetensors.torch import save_file
+
+    monkeypatch.setattr(stored_tensor, "BLOCK_BYTES", block_bytes)
+    whole = {"a": torch.randn(12, 3, 5).bfloat16(), "b": torch.randn(9), "c": torch.randn(7, 4).double()}
+    save_file(whole, tmp_path / "w.safetensors")
+    for tensor in SafetensorsFile(tmp_path / "w.safetensors").tensors():
+        expected = whole[tensor.name]
+        for begin, end in ((0, len(expected)), (2, 6)):
+            target = torch.full_like(expected[begin:end], float("nan"), dtype=torch.float32)
+            tensor.copy_in_blocks(target, begin, end, pinned=False)
+            assert torch.equal(target, expected[begin:end].float())
+
+
+def test_a_file_that_has_become_shorter_is_named(tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "w.safetensors"
+    save_file({"a": torch.randn(64, 64)}, path)
+    [tensor] = SafetensorsFile(path).tensors()
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"w\.safetensors ends too early"):
+        tensor.copy_in_blocks(torch.empty(64, 64), 0, 64, pinned=False)
 
 
 @pytest.fixture(scope="module")

@@ -77,6 +77,17 @@ def test_every_tensor_arrives_in_its_place(model_type: str, dtype: torch.dtype, 
     assert sum(p.numel() for p in model.parameters()) == sum(t.numel() for t in stored.values())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_tensor_arrives_on_a_gpu(model_type: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    config = configure(save(make_hf(model_type), tmp_path))
+    model = load_model(config, torch.device("cuda"), dtype, open_checkpoint(config))
+    stored = load_file(tmp_path / "model.safetensors")
+    for slot in model.weight_slots():
+        assert torch.equal(slot.target.cpu(), stored[slot.name].to(dtype)), slot.name
+
+
 def test_spec(folder: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 5]}))
     spec = model_spec(open_checkpoint(configure(folder)))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,6 +31,9 @@ __all__ = [
     "fill_random",
     "open_checkpoint",
 ]
+
+READERS = 8
+"""Threads that read weights; one waits for the disk or for copies most of the time."""
 
 DUMMY_SCALE = 0.02
 """Standard deviation of random weights."""
@@ -140,10 +145,19 @@ def check_weights(module: nn.Module, checkpoint: Checkpoint, *, ignore: Iterable
 
 def copy_weights(module: nn.Module, stored: dict[str, StoredTensor], *, show_progress: bool = False) -> None:
     """Reads every slot's tensor, or its slice of it, into its place, in the module's own type and device."""
-    for slot in track(list(module.weight_slots()), "loading weights", show_progress):  # type: ignore[operator]
-        if slot.target.numel():
-            span = slot.span
-            stored[slot.name].copy_into(slot.target, slot.dim, None if span is None else (span.begin, span.end))
+
+    def read(slot: Any) -> None:
+        span = slot.span
+        stored[slot.name].copy_into(slot.target, slot.dim, None if span is None else (span.begin, span.end))
+
+    slots = [slot for slot in module.weight_slots() if slot.target.numel()]  # type: ignore[operator]
+    with ThreadPoolExecutor(READERS, "compactor-weights") as threads:
+        try:
+            for future in track([threads.submit(read, slot) for slot in slots], "loading weights", show_progress):
+                future.result()
+        except BaseException:
+            threads.shutdown(cancel_futures=True)
+            raise
 
 
 def fill_random(module: nn.Module, seed: int) -> None:

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compactor_vllm.errors import CheckpointError
@@ -17,8 +18,11 @@ from compactor_vllm.errors import CheckpointError
 SAMPLE_BYTES = 256
 """Bytes of each tensor that enter a checkpoint's fingerprint."""
 
-SAFETENSORS_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""Types of safetensors weights that are understood, with the size of an element."""
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types of safetensors weights that are understood."""
+
+BLOCK_BYTES = 2**24
+"""Bytes that pass through page-locked memory at a time on their way to a GPU."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,32 @@ class SafetensorsTensor(StoredTensor):
     def read_slice(self, dim: int, begin: int, end: int) -> Tensor:
         return self.file.handle.get_slice(self.name)[(slice(None),) * dim + (slice(begin, end),)]
 
+    def copy_into(self, target: Tensor, dim: int = 0, rows: tuple[int, int] | None = None) -> None:
+        """As the base class says; for a GPU, rows are read in blocks, which is faster than a memory map's pages."""
+        if target.is_cuda and dim == 0 and self.shape:
+            self.copy_in_blocks(target, *(rows or (0, self.shape[0])), pinned=True)
+        else:
+            super().copy_into(target, dim, rows)
+
+    def copy_in_blocks(self, target: Tensor, begin: int, end: int, *, pinned: bool) -> None:
+        """Fills `target` with rows [begin, end), `BLOCK_BYTES` at a time.
+
+        Args:
+            pinned: the blocks pass through page-locked memory.
+
+        Raises:
+            CheckpointError: the file has become shorter.
+        """
+        row_bytes = (self.end - self.begin) // max(self.shape[0], 1)
+        step = max(BLOCK_BYTES // max(row_bytes, 1), 1)
+        buffer = torch.empty(min(step, end - begin) * row_bytes, dtype=torch.uint8, pin_memory=pinned)
+        for first in range(begin, end, step):
+            last = min(first + step, end)
+            block = buffer[: (last - first) * row_bytes]
+            self.file.read_into(block, self.begin + first * row_bytes)
+            values = block.view(SAFETENSORS_DTYPES[self.dtype]).view(last - first, *self.shape[1:])
+            target[first - begin : last - begin].copy_(values)
+
     def sample(self) -> bytes:
         return self.file.read_bytes((self.begin + self.end - SAMPLE_BYTES) // 2, self.begin, self.end)
 
@@ -111,6 +141,21 @@ class SafetensorsFile:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.path} is not a readable safetensors file: {error}") from error
 
+    def read_into(self, block: Tensor, offset: int) -> None:
+        """Fills `block`, uint8 in host memory, with the data at `offset`.
+
+        Raises:
+            CheckpointError: the file has become shorter.
+        """
+        left = block.numpy().data
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.data_begin + offset)
+            while left:
+                count = file.readinto(left)
+                if not count:
+                    raise CheckpointError(f"{self.path} ends too early")
+                left = left[count:]
+
     def tensors(self) -> list[SafetensorsTensor]:
         """All tensors of the file.
 
@@ -129,13 +174,13 @@ class SafetensorsFile:
     def _tensor(self, name: str, entry: dict[str, Any]) -> SafetensorsTensor:
         try:
             shape, dtype, (begin, end) = tuple(map(int, entry["shape"])), entry["dtype"], entry["data_offsets"]
-            supported = dtype in SAFETENSORS_ITEM_BYTES
+            supported = dtype in SAFETENSORS_DTYPES
         except (KeyError, ValueError, TypeError) as error:
             raise CheckpointError(f"{self.path} is truncated or damaged: tensor {name}: {error!r}") from error
         if not supported:
             raise CheckpointError(
-                f"{self.path}: tensor {name} has type {dtype}; supported: {', '.join(SAFETENSORS_ITEM_BYTES)}"
+                f"{self.path}: tensor {name} has type {dtype}; supported: {', '.join(SAFETENSORS_DTYPES)}"
             )
-        if end - begin != math.prod(shape) * SAFETENSORS_ITEM_BYTES[dtype]:
+        if end - begin != math.prod(shape) * SAFETENSORS_DTYPES[dtype].itemsize:
             raise CheckpointError(f"{self.path}: tensor {name} does not have the size of its shape {shape}")
         return SafetensorsTensor(name, shape, dtype, self, begin, end)
