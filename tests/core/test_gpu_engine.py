@@ -31,6 +31,7 @@ def test_float32_runs_the_triton_kernels_in_graphs(gpu_llm):
     kernels = gpu_llm.describe()["kernels"]
     assert kernels["backend"] == "compactor_triton" and kernels["decode attention"].startswith("triton")
     assert gpu_llm._engine.runner.step.buckets == [1, 2, 4, 8, 16]
+    assert gpu_llm._engine.runner.questions is not None
 
 
 @pytest.mark.parametrize("name", SAMPLINGS)
@@ -50,7 +51,7 @@ def test_methods_and_ratios_equal_the_cpu(llm, gpu_llm, method, ratio):
 @pytest.mark.parametrize("changes", [{"enforce_eager": True}, {"attention_backend": "torch"}])
 def test_other_ways_to_run_equal_graphs(make_llm, gpu_llm, changes):
     with make_llm(device="cuda", dtype="float32", **changes) as llm:
-        assert not llm._engine.runner.step.buckets
+        assert not llm._engine.runner.step.buckets and llm._engine.runner.questions is None
         assert answers(llm, SAMPLINGS["greedy"]) == answers(gpu_llm, SAMPLINGS["greedy"])
 
 

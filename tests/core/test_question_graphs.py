@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from compactor_vllm import BatchCompressionParams, SamplingParams, SequenceCompressionParams
+from compactor_vllm.attention.prefill_config import MAX_SPLITS, MIN_SPLIT_TOKENS, prefix_bound
 from compactor_vllm.core.question_graphs import MAX_GRAPHS, MAX_SEQUENCES, QuestionGraphs, QuestionShape
 from compactor_vllm.kv_cache.gather import gather_segment
 from tests.core.test_overlap import RunAhead
@@ -164,6 +165,16 @@ def test_a_whole_conversation_ahead_of_the_device(engines, replayed):
         answers.append(rows)
         assert llm.free_pages == llm.num_pages
     assert answers[0] == answers[1] and replayed() > 3
+
+
+def test_bounds_of_prefixes_are_bounds_and_few():
+    """A longer prefix than the last but one has as many splits as there can be, whatever its length."""
+    lens = [0, 1, *range(2, 200_000, 37)]
+    bounds = [prefix_bound(n) for n in lens]
+    assert all(bound >= n for n, bound in zip(lens, bounds, strict=True)) and bounds == sorted(bounds)
+    assert len(set(bounds)) == 8 and bounds[0] == 0
+    shortest_of_last = next(n for n, bound in zip(lens, bounds, strict=True) if bound == bounds[-1])
+    assert shortest_of_last // MIN_SPLIT_TOKENS >= MAX_SPLITS
 
 
 @pytest.mark.slow
