@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from compactor_vllm.compression import (
     Compactor,
     CompressionMethod,
     NoCompression,
+    SequenceCompressionParams,
     SnapKV,
     external,
     method_names,
@@ -270,3 +272,14 @@ def test_parameters_are_made_without_importing_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": source}, check=True
     )
     assert json.loads(done.stdout) == []
+
+
+def test_parameters_survive_pickle():
+    """Replicas and worker processes get them so."""
+    given = SequenceCompressionParams(compression_ratio=0.5, method_params={"window": 8}, protected_ranges=((3, 5),))
+    for params in (given, SequenceCompressionParams(protected_last_tokens=64)):
+        again = pickle.loads(pickle.dumps(params))
+        assert again == params
+        assert again.last_tokens(question_follows=True) == params.last_tokens(question_follows=True)
+    with pytest.raises(TypeError):
+        pickle.loads(pickle.dumps(given)).method_params["window"] = 9

@@ -125,6 +125,13 @@ class SequenceCompressionParams:
         object.__setattr__(self, "method_params", MappingProxyType(dict(self.method_params)))
         object.__setattr__(self, "protected_ranges", _check_ranges(self.protected_ranges))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle, which cannot write a read-only mapping."""
+        return {**self.__dict__, "method_params": dict(self.method_params)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, method_params=MappingProxyType(state["method_params"]))
+
     @property
     def wanted_quality(self) -> float | None:
         """What "auto" aims at; None for a fixed ratio."""
