@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, cast
 from weakref import WeakKeyDictionary
 
@@ -49,7 +50,7 @@ class IncrementalDetokenizer:
         prompt_token_ids: Sequence[int] = (),
     ) -> None:
         self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
+        self._decode = _decoder(tokenizer, skip_special_tokens)
         self._hidden_ids = _special_token_ids(tokenizer) if skip_special_tokens else frozenset()
         self._stop = StopStrings(stop)
         # The window: tokens [0, _fresh) are context, the text of the first _taken characters is out.
@@ -144,11 +145,6 @@ class IncrementalDetokenizer:
         """The vocabulary's entry, None for tokens without text: skipped ones and ids beyond the vocabulary."""
         return None if token in self._hidden_ids else cast("str | None", self._tokenizer.convert_ids_to_tokens(token))
 
-    def _decode(self, token_ids: list[int]) -> str:
-        skip = self._skip_special_tokens
-        text = self._tokenizer.decode(token_ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
-        return cast(str, text)
-
 
 class StopStrings:
     """Finds the first stop string in a text that arrives in pieces.
@@ -185,6 +181,18 @@ class StopStrings:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest proper prefix of `stop` that `text` ends with."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _decoder(tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool) -> Callable[[list[int]], str]:
+    """`tokenizer.decode` without clean-up; of the tokenizers library's own one without the checks of each id."""
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+    kind = type(tokenizer)
+    plain = kind.decode is PreTrainedTokenizerBase.decode
+    if plain and getattr(kind, "_decode", None) is PreTrainedTokenizerFast._decode:
+        return partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=skip_special_tokens)
+    decode = partial(tokenizer.decode, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+    return cast("Callable[[list[int]], str]", decode)
 
 
 def _special_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
