@@ -182,8 +182,8 @@ class Engine:
 
     def _finish_job(self, job: PrefillJob) -> None:
         self._jobs.remove(job)
-        if self._jobs:  # the one that was interrupted goes on for at least as long as the interruption took
-            self._owed = time.perf_counter() - job.started
+        # One that was interrupted goes on for at least as long as the interruption took.
+        self._owed = time.perf_counter() - job.started if self._jobs else 0.0
         self._read_drawn()
         ready, rows = [], []
         for request in job.requests:
