@@ -8,7 +8,6 @@ import hashlib
 import json
 import re
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from compactor_vllm import LLM, BatchCompressionParams, SamplingParams, Sequence
 from compactor_vllm.kv_cache.gather import gather_segment
 from compactor_vllm.server.keys import KeyRing
 from compactor_vllm.server.playground.kept import kept_map, kept_positions
-from tests.server.conftest import Live
+from tests.server.conftest import Live, wait_until
 
 DOCUMENT = "The café by the river is green. Nothing of note was entered on this day. 🙂 " * 6
 QUESTION = "What colour is it?"
@@ -210,22 +209,24 @@ def test_a_document_that_nobody_waits_for_any_more_is_given_back(live: Live, wai
 def test_documents_take_turns(serve: Callable[..., Live]) -> None:
     """One context at a time; whoever finds too many waiting is told so."""
     live = serve(max_queue=1)
+    holder = object()
+    turns: list[Any] = [holder]
+    live.server.config.app.state.playground_turns = turns
     results: list[httpx.Response] = []
 
     def post() -> None:
         with live.http() as http:
-            results.append(http.post("/playground/ask", json=BODY | {"document": DOCUMENT * 3, "max_new_tokens": 200}))
+            results.append(http.post("/playground/ask", json=BODY | {"document": DOCUMENT}))
 
-    threads = [threading.Thread(target=post) for _ in range(5)]
-    for thread in threads:
-        thread.start()
-        time.sleep(0.02)
-    for thread in threads:
-        thread.join()
-    statuses = [response.status_code for response in results]
-    # How many find the queue full depends on how fast the machine is.
-    assert set(statuses) == {200, 429} and statuses.count(200) >= 2
-    assert all(response.text.endswith("data: [DONE]\n\n") for response in results if response.status_code == 200)
+    first = threading.Thread(target=post)
+    first.start()
+    wait_until(lambda: len(turns) == 2)
+    post()
+    assert [response.status_code for response in results] == [429] and turns[0] is holder
+    turns.remove(holder)
+    first.join()
+    assert results[1].status_code == 200 and results[1].text.endswith("data: [DONE]\n\n")
+    assert not turns
     live.wait_until_idle()
 
 

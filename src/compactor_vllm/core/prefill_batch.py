@@ -39,8 +39,7 @@ class PrefillItem:
 
     @property
     def before(self) -> list[Segment]:
-        """What its tokens attend to besides themselves."""
-        return self.request.segments[: len(self.request.context) + self.index]
+        return self.request.before(self.index)
 
     def group_key(self) -> tuple[Any, ...]:
         """Items with equal keys may be scored and stored by the same calls; sorts stably by arrival inside."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -149,11 +149,20 @@ class Request:
         """All segments that it attends to, in order."""
         return [*self.context, *self.own_segments]
 
-    def computation(self, index: int) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
-        """All that the hidden states of its part `index` depend on: parts that agree in it are computed once."""
-        part, before = self.parts[index], self.segments[: len(self.context) + index]
+    def before(self, index: int) -> list[Segment]:
+        """What the tokens of its part `index` attend to besides themselves."""
+        return self.segments[: len(self.context) + index]
+
+    def computation(self, index: int) -> tuple[Any, ...]:
+        """All that the hidden states of its part `index` depend on: parts that agree in it are computed once.
+
+        Empty where it has no such part.
+        """
+        if index >= len(self.parts):
+            return ()
+        part = self.parts[index]
         tokens = tuple(self.sequence.prompt_token_ids[part.begin : part.end])
-        return tuple(id(segment) for segment in before), part.begin, tokens
+        return tuple(id(segment) for segment in self.before(index)), part.begin, tokens
 
     @property
     def growth_tokens(self) -> int:

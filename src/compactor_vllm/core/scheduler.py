@@ -118,7 +118,7 @@ class Scheduler:
             if not self.lookup.find_prefix(head, [*self.prefilling, *started]):
                 break
             self.lookup.find_run(head)
-            first = head.computation(0) if head.parts else ()
+            first = head.computation(0) if started else ()  # not in every step for a long head that waits
             length = sum(len(part) for part in head.parts[first in computed :])
             full = tokens + length > limit and (bool(started) or most_tokens is not None)
             if head.offloaded is None and (full or (started and (head.alone or started[0].alone))):
@@ -136,7 +136,7 @@ class Scheduler:
                 self.lookup.count(head)
                 started.append(head)
                 tokens += length
-                computed.add(first)
+                computed.add(first or head.computation(0))
             self.queue.pop(at)
         self.prefilling += started
         return started
@@ -213,8 +213,8 @@ class Scheduler:
 
     def _reserve(self, request: Request) -> None:
         pages = self.pages_to_start(request)
-        busy = bool(self.running or self.prefilling)
-        headroom = int(self.manager.kv_heads_L.sum()) * (1 + len(request.siblings)) if busy else 0
+        members = 1 + len(request.siblings) if self.running or self.prefilling else 0
+        headroom = int(self.manager.kv_heads_L.sum()) * members
         if int(pages.sum()) + headroom > self.manager.pages.num_free:
             raise OutOfPagesError("waits for pages")
         segments: list[Segment] = []
