@@ -1,6 +1,6 @@
 """Prefill attention on a Hopper GPU: correctness, then rates beside cuDNN, FlashAttention-2 and FlashAttention-4.
 
-    PYTHONPATH=src python -m benchmarks.kernels.hopper_prefill [--fa4 FOLDER] [--out FOLDER] [--quick]
+    PYTHONPATH=src python -m benchmarks.kernels.hopper_prefill [--fa4 FOLDER] [--out FOLDER] [--quick | --batches]
 
 Shapes: 32 query heads, 8 KV heads, D 128 (and 64), bfloat16, random data; TFLOP/s of 4 * H * D flops for every pair of
 a query and a key that it sees. The card limits its power, so rates depend on what ran before: every case runs all
@@ -13,6 +13,7 @@ import argparse
 import site
 import statistics
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -79,17 +80,21 @@ def rates(calls: dict[str, Callable[[], object]], flops: float, rounds: int) -> 
     return {name: round(statistics.median(values), 1) for name, values in seen.items()}
 
 
-def load_flash_attention_4(folder: str | None) -> Callable[..., object] | None:
+FlashAttention4 = tuple[Callable[..., object], Callable[..., object]]
+
+
+def load_flash_attention_4(folder: str | None) -> FlashAttention4 | None:
+    """Its functions for one sequence and for batches of any lengths; None where it is not there."""
     if folder is not None:
         site.addsitedir(folder)
     try:
-        from flash_attn.cute import flash_attn_func
+        from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
     except ImportError:
         return None
-    return flash_attn_func
+    return flash_attn_func, flash_attn_varlen_func
 
 
-def measure_length(length: int, head_dim: int, flash4: Callable[..., object] | None, rounds: int) -> dict[str, Any]:
+def measure_length(length: int, head_dim: int, flash4: FlashAttention4 | None, rounds: int) -> dict[str, Any]:
     """One sequence, all contenders."""
     q, k, v = random_qkv(length, head_dim)
     plan = plan_prefill((length,), HEADS, KV_HEADS, head_dim, q.device)
@@ -106,17 +111,24 @@ def measure_length(length: int, head_dim: int, flash4: Callable[..., object] | N
         "fa2": lambda: through_torch(SDPBackend.FLASH_ATTENTION),
     }
     if flash4 is not None:
-        calls["fa4"] = lambda: flash4(q[None], k[None], v[None], causal=True)
+        calls["fa4"] = lambda: flash4[0](q[None], k[None], v[None], causal=True)
     result = rates(calls, causal_flops((length,), head_dim), rounds)
     return {"case": "one sequence", "head_dim": head_dim, "tokens": length, **result}
 
 
-def measure_varlen(rounds: int) -> dict[str, Any]:
+def measure_varlen(flash4: FlashAttention4 | None, rounds: int) -> dict[str, Any]:
     """Sixteen sequences of 1k to 16k tokens."""
     q, k, v = random_qkv(sum(VARLEN), 128)
     plan = plan_prefill(VARLEN, HEADS, KV_HEADS, 128, q.device)
     out = torch.empty_like(q)
-    calls = {"compactor": lambda: prefill_attention_hopper(q, k, v, plan, 128**-0.5, out=out)}
+    calls: dict[str, Callable[[], object]] = {
+        "compactor": lambda: prefill_attention_hopper(q, k, v, plan, 128**-0.5, out=out)
+    }
+    if flash4 is not None:
+        borders = torch.tensor([0, *accumulate(VARLEN)], dtype=torch.int32, device="cuda")
+        lens = {"cu_seqlens_q": borders, "cu_seqlens_k": borders}
+        longest = {"max_seqlen_q": max(VARLEN), "max_seqlen_k": max(VARLEN)}
+        calls["fa4"] = lambda: flash4[1](q, k, v, **lens, **longest, causal=True)
     return {
         "case": "16 sequences",
         "head_dim": 128,
@@ -175,6 +187,7 @@ def main() -> None:
     parser.add_argument("--fa4", help="folder with FlashAttention-4's packages")
     parser.add_argument("--out", help="folder of the result file")
     parser.add_argument("--quick", action="store_true", help="up to 32,768 tokens")
+    parser.add_argument("--batches", action="store_true", help="only batches and prefixes, in a file of their own")
     parser.add_argument("--rounds", type=int, default=5, help="rounds in which all contenders take turns")
     parser.add_argument("--plot", metavar="FILE", help="draw the rates over the length (needs matplotlib)")
     arguments = parser.parse_args()
@@ -184,19 +197,20 @@ def main() -> None:
     flash4 = load_flash_attention_4(arguments.fa4)
     skewed = [4 * PREFIX_TOKENS >> min(h, 6) for h in range(KV_HEADS)]
     rows = []
-    for head_dim in (128, 64):
+    for head_dim in () if arguments.batches else (128, 64):
         for length in LENGTHS[: 3 if arguments.quick else None]:
             rows.append(measure_length(length, head_dim, flash4, rounds))
             print(rows[-1], flush=True)
     for row in (
-        measure_varlen(rounds),
+        measure_varlen(flash4, rounds),
         measure_prefix([PREFIX_TOKENS] * KV_HEADS, "prefix of 32k in every head", rounds),
         measure_prefix([PREFIX_TOKENS - 64 + 16 * h for h in range(KV_HEADS)], "ragged prefix of about 32k", rounds),
         measure_prefix(skewed, "skewed prefix of 32k on average", rounds),
     ):
         rows.append(row)
         print(row, flush=True)
-    print(write_results("hopper_prefill", rows, errors, arguments.out))
+    name = "hopper_prefill_batches" if arguments.batches else "hopper_prefill"
+    print(write_results(name, rows, errors, arguments.out))
     if arguments.plot:
         plot(rows, arguments.plot)
 

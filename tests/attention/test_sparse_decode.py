@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compactor_vllm.attention.decode_config import DecodeConfig, TileConfig, default_decode_config
+from compactor_vllm.attention.decode_plan_kernel import HEADER_LANES
 from compactor_vllm.attention.sparse_decode_kernel import decode_attention, plan_decode
 from compactor_vllm.errors import InvalidInputError
 from tests.attention.ragged_cases import (
@@ -137,16 +138,35 @@ def test_shared_and_private_segments_mix(device: torch.device, max_sharing: int 
         (5, 7, 16, torch.float32),
         (23, 3, 32, torch.bfloat16),
         (9, 8, 64, torch.float16),
+        (8, 8, 32, torch.float32),
+        (15, 8, 16, torch.bfloat16),
+        (25, 8, 32, torch.float32),
     ],
 )
 def test_row_tiles_of_a_shared_segment(
     device: torch.device, users: int, group: int, big_unit: int, dtype: torch.dtype
 ) -> None:
-    """Rows that do not fill the last tile, and groups that do not divide a tile."""
+    """Rows that do not fill the last tile, groups that do not divide a tile; 1 to 7 tiles, some of them in lanes."""
     case = make_case([[150], [37]], head_dim=16, page_size=32, dtype=dtype, device=device)
     segments = segments_table([[0, 1] if b % 2 else [0] for b in range(users)], device, columns=2)
     config = _config(big_unit=big_unit)
     _assert_close(case, segments, *_run(case, segments, group, config))
+
+
+@pytest.mark.parametrize(("groups", "lanes"), [((8, 16), 2), ((12,), 3), ((16, 32), 4), ((8, 12), 1), ((8, 2), 2)])
+def test_lanes_of_several_segments(device: torch.device, groups: tuple[int, ...], lanes: int) -> None:
+    """Segments that so many sequences share each, four of them a row tile; two sequences are no big item."""
+    case = make_case([[150, 31], [37, 200], [5, 9]], head_dim=16, page_size=32, dtype=torch.float32, device=device)
+    rows = [[g, 2] if (b + g) % 3 else [g] for g, count in enumerate(groups) for b in range(count)]
+    segments = segments_table(rows, device, columns=2)
+    config = _config(big_unit=32)
+    config = dataclasses.replace(config, big=dataclasses.replace(config.big, programs_per_sm=2))
+    _assert_close(case, segments, *_run(case, segments, 8, config))
+    plan = plan_decode(
+        case.cache.seg_lens_SK[None], case.cache.head_begin_SK[None], segments[:, :1].contiguous(),
+        num_heads=16, head_dim=16, dtype=torch.float32, config=config,
+    )  # fmt: skip
+    assert int(plan.words_LW[0, HEADER_LANES.value]) == lanes
 
 
 def test_a_plan_of_all_layers_counts_tokens_that_will_be_appended(device: torch.device) -> None:

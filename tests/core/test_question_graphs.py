@@ -250,4 +250,4 @@ def test_bfloat16_in_pages_that_are_copied_in_bulk(make_llm):
                 asked = [[rng.integers(0, 256, n).tolist() for n in row] for row in lens]
                 results.append([ask(llm, questions, context, once)[1] for questions in asked])
         for got, want in zip(*results, strict=True):
-            assert_equal((None, got), (None, want), tolerance=0.05)
+            assert_equal((None, got), (None, want), tolerance=0.1)  # values of about 3, rounded in every layer

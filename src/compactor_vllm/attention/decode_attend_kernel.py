@@ -15,6 +15,7 @@ from compactor_vllm.attention.decode_plan_kernel import (
     ENTRY_USERS,
     HEADER,
     HEADER_BIG,
+    HEADER_LANES,
     ITEM_BEGIN,
     ITEM_COST,
     ITEM_LEN,
@@ -82,12 +83,14 @@ def attend_kernel(
     share = tl.load(header_ptr + 1)
     total = tl.load(header_ptr + 2)
     first_row = tl.load(header_ptr + 3)
-    position = program * share
+    lanes = tl.load(plan_ptr + HEADER_LANES) if BIG else 1
+    position = program // lanes * share
     last = tl.minimum(position + share, total)
     if position >= last:
         return
+    share_row = first_row + program // lanes * lanes * BLOCK_M
 
-    item = _find_item(plan_ptr, position, num_items, num_x, BIG, SCAN)
+    item = _find_item(plan_ptr, position * lanes, num_items, num_x, BIG, SCAN)
     cost, length, begin, pair, rows = _load_item(plan_ptr, item, num_items, num_x, BIG)
     while position < last:
         if not BIG:
@@ -101,8 +104,10 @@ def attend_kernel(
             users = tl.load(entries_ptr + ENTRY_USERS * num_entries + entry)
             place = tl.load(entries_ptr + ENTRY_PLACE * num_entries + entry)
         units = tl.cdiv(length, UNIT)
-        row_tile = (position - cost) // (units + OVERHEAD)
-        zero = cost + row_tile * (units + OVERHEAD) + OVERHEAD
+        item_begin = cost // lanes
+        round = (position - item_begin) // (units + OVERHEAD)
+        zero = item_begin + round * (units + OVERHEAD) + OVERHEAD
+        row_tile = round * lanes + program % lanes
         first_unit = tl.maximum(position - zero, 0)
         last_unit = tl.minimum(last - zero, units)
         row = tl.arange(0, BLOCK_M)
@@ -114,7 +119,7 @@ def attend_kernel(
         else:
             user_entry = tl.zeros_like(row) + entry
         q_row = (user_entry % num_seqs) * HEADS + (pair % KV_HEADS) * GROUP + row % GROUP
-        out_row = (first_row + program * BLOCK_M + rows + row_tile * USERS * GROUP + row).to(tl.int64)
+        out_row = (share_row + rows + row_tile * USERS * GROUP + row).to(tl.int64)
         complete = (first_unit == 0) & (last_unit == units)
         _attend_piece(
             q_ptr, k_ptr, v_ptr, table_ptr + begin, partial_ptr, lse_ptr, out_ptr, q_row, out_row, live, complete,
@@ -130,7 +135,7 @@ def attend_kernel(
                     first_piece, entry * HEADS + (pair % KV_HEADS) * GROUP, GROUP, D, BLOCK_M, BLOCK_D,
                 )  # fmt: skip
         position = zero + units
-        if not SHARED or position >= cost + tl.cdiv(users, USERS) * (units + OVERHEAD):
+        if not SHARED or position >= item_begin + tl.cdiv(users, USERS) // lanes * (units + OVERHEAD):
             item += 1
             if BIG:
                 cost, length, begin, pair, rows = _load_item(plan_ptr, item, num_items, num_x, BIG)
@@ -140,7 +145,7 @@ def attend_kernel(
 
 @triton.jit
 def _find_item(plan_ptr, position, num_items, num_x, BIG: tl.constexpr, SCAN: tl.constexpr):
-    """The last item that begins at or before `position`."""
+    """The last item whose running sum of cost is at most `position`."""
     item = -1
     for start in range(0, num_items, SCAN):
         i = start + tl.arange(0, SCAN)
@@ -152,7 +157,7 @@ def _find_item(plan_ptr, position, num_items, num_x, BIG: tl.constexpr, SCAN: tl
 
 @triton.jit
 def _load_item(plan_ptr, item, num_items, num_x, BIG: tl.constexpr):
-    """Position, length, first page table entry, (entry, KV head) pair and first row of an item."""
+    """Running sum of cost, length, first page table entry, (entry, KV head) pair and first row of an item."""
     at = plan_ptr + HEADER + (num_x - 1 - item if BIG else item)
     exists = item < num_items
     cost = tl.load(at + ITEM_COST * num_x, mask=exists, other=0)

@@ -15,6 +15,11 @@ result (normalised accumulator and log-sum-exp) per program. Program p's partial
 `item's first row + p * block_m ...`: pieces come in order of (item, program), each at most block_m rows, so no two
 overlap.
 
+Row tiles of one item read the same tokens. Where every item of the big kernel has a multiple of 2, 3 or 4 of them, as
+many programs (its *lanes*) own one share together, each for every so manyth row tile: they read the same tokens at the
+same time, so that memory is read once for all of them and the L2 cache serves the others. What is said above of a
+program and its block_m rows then holds of the lanes of a share and their lanes * block_m rows.
+
 The layout of the words is in decode_plan_kernel.py.
 """
 

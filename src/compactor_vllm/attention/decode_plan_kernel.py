@@ -3,7 +3,8 @@
 A layer's plan is int32: HEADER_WORDS, then PLAN_FIELDS arrays of X words, X = G * B * K pairs of an entry (g * B + b,
 which stands for `segments_BG[b, g]`) and a KV head, x = entry * K + head.
 
-Header: items, share, total cost, first workspace row of the small kernel; from HEADER_BIG the same of the big one.
+Header: items, share, total cost, first workspace row of the small kernel; from HEADER_BIG the same of the big one, and
+the number of its lanes.
 By pair x: where its first partial lies (MERGE_ROW), how many there are (MERGE_COUNT, negative where the big kernel
 writes them) and how many have been written (PAIR_DONE); scratch of this kernel (PAIR_*). By item: position on the cost
 axis, length, first page table entry, its pair, its first row. Items of the small kernel fill these arrays from the
@@ -22,6 +23,7 @@ ENTRY_FIELDS = 5
 
 HEADER = tl.constexpr(HEADER_WORDS)
 HEADER_BIG = tl.constexpr(4)
+HEADER_LANES = tl.constexpr(8)
 MERGE_ROW, MERGE_COUNT = tl.constexpr(0), tl.constexpr(1)
 PAIR_COST, PAIR_ROWS, PAIR_LEN = tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
 ITEM_COST, ITEM_LEN, ITEM_BEGIN = tl.constexpr(5), tl.constexpr(6), tl.constexpr(7)
@@ -109,6 +111,7 @@ def plan_kernel(
     BIG_USERS: tl.constexpr = BIG_M // GROUP
     items, cost, rows = 0, 0, 0
     big_items, big_cost, big_rows = 0, 0, 0
+    left_2, left_3, left_4 = 0, 0, 0
     for start in range(0, used_x, CHUNK):
         x = start + tl.arange(0, CHUNK)
         segment, users, rank, _ = _pair(segments_ptr, entries_ptr, x, used_x, num_seqs, KV_HEADS, SEGMENTS, SHARED)
@@ -126,15 +129,24 @@ def plan_kernel(
             plan_ptr, num_x, live & ~big, x, length, begin, users * GROUP, units, items, cost, rows, False
         )
         if HAS_BIG:
-            units = tl.cdiv(users, BIG_USERS) * (tl.cdiv(length, BIG_UNIT) + BIG_OVERHEAD)
+            row_tiles = tl.where(big, tl.cdiv(users, BIG_USERS), 0)
+            left_2 += tl.sum(row_tiles % 2, axis=0)
+            left_3 += tl.sum(row_tiles % 3, axis=0)
+            left_4 += tl.sum(row_tiles % 4, axis=0)
+            units = row_tiles * (tl.cdiv(length, BIG_UNIT) + BIG_OVERHEAD)
             big_items, big_cost, big_rows = _append_items(
                 plan_ptr, num_x, big, x, length, begin, users * GROUP, units, big_items, big_cost, big_rows, True
             )
     share = tl.maximum(tl.cdiv(cost, small_programs), SMALL_MIN_SHARE)
-    big_share = tl.maximum(tl.cdiv(big_cost, big_programs), BIG_MIN_SHARE)
+    lanes = tl.where((left_2 == 0) & (big_programs >= 2), 2, 1)
+    lanes = tl.where((left_3 == 0) & (big_programs >= 3), 3, lanes)
+    lanes = tl.where((left_4 == 0) & (big_programs >= 4), 4, lanes)
+    big_cost = big_cost // lanes
+    big_share = tl.maximum(tl.cdiv(big_cost, big_programs // lanes), BIG_MIN_SHARE)
     big_row = rows + small_programs * SMALL_M
     _write_header(plan_ptr, items, share, cost, 0)
     _write_header(plan_ptr + HEADER_BIG, big_items, big_share, big_cost, big_row)
+    tl.store(plan_ptr + HEADER_LANES, lanes)
 
     # The second pass reads what other threads of this program wrote in the first.
     tl.debug_barrier()
@@ -150,8 +162,9 @@ def plan_kernel(
         row_first = row + first * SMALL_M
         if HAS_BIG:
             big = users > SMALL_USERS
-            first, big_count = _pieces(at, rank // BIG_USERS, length, big_share, BIG_UNIT, BIG_OVERHEAD)
-            row_first = tl.where(big, big_row + row + first * BIG_M, row_first)
+            row_tile = rank // BIG_USERS // lanes
+            first, big_count = _pieces(at // lanes, row_tile, length, big_share, BIG_UNIT, BIG_OVERHEAD)
+            row_first = tl.where(big, big_row + row + first * lanes * BIG_M, row_first)
             count = tl.where(big, -big_count, count)
         tl.store(_field(plan_ptr, MERGE_ROW, num_x) + x, row_first, mask=live)
         tl.store(_field(plan_ptr, MERGE_COUNT, num_x) + x, tl.where(live, count, 0), mask=x < used_x)
@@ -236,7 +249,7 @@ def _write_header(header_ptr, items, share, cost, row):
 
 @triton.jit
 def _pieces(cost_at, row_tile, length, share, UNIT: tl.constexpr, OVERHEAD: tl.constexpr):
-    """The first program that works on tokens of an item's row tile, and how many programs do."""
+    """The first share that has tokens of an item's row tile, and how many shares do."""
     units = tl.cdiv(length, UNIT)
     begin = cost_at + row_tile * (units + OVERHEAD) + OVERHEAD
     first = begin // share

@@ -33,6 +33,7 @@ from compactor_vllm.attention.decode_plan_kernel import (
     ENTRY_USERS,
     HEADER,
     HEADER_BIG,
+    HEADER_LANES,
     ITEM_BEGIN,
     ITEM_COST,
     ITEM_LEN,
@@ -64,24 +65,25 @@ CONSTANTS = {"NUM_STAGES": 3, "CONSUMER": 232, "PRODUCER": 40}
 
 @gluon.jit
 def _begin(plan, num_x):
-    """This program's share of the cost axis, [position, last), and the item in which it begins."""
+    """This program's share of the cost axis, [position, last), the item in which it begins, and the number of lanes."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     header = plan + HEADER_BIG
     num_items = gl.load(header)
     share = gl.load(header + 1)
-    position = gl.program_id(0) * share
+    lanes = gl.load(plan + HEADER_LANES)
+    position = gl.program_id(0) // lanes * share
     last = gl.minimum(position + share, gl.load(header + 2))
     item = -1
     for start in range(0, num_items, SCAN):
         i = start + gl.arange(0, SCAN, layout)
         cost = gl.load(plan + HEADER + ITEM_COST * num_x + num_x - 1 - i, mask=i < num_items, other=2147483647)
-        item += gl.sum((cost <= position).to(gl.int32), axis=0)
-    return position, last, item
+        item += gl.sum((cost <= position * lanes).to(gl.int32), axis=0)
+    return position, last, item, lanes
 
 
 @gluon.jit
 def _piece(
-    plan, entries, position, last, item, num_entries,
+    plan, entries, position, last, item, lanes, num_entries,
     KV_HEADS: gl.constexpr, USERS: gl.constexpr, OVERHEAD: gl.constexpr,
 ):  # fmt: skip
     """The piece that begins at `position`: its tiles [first, end), its tokens and rows; where the next piece begins.
@@ -90,20 +92,21 @@ def _piece(
     """
     num_x = num_entries * KV_HEADS
     at = plan + HEADER + num_x - 1 - item
-    cost = gl.load(at + ITEM_COST * num_x)
+    cost = gl.load(at + ITEM_COST * num_x) // lanes
     length = gl.load(at + ITEM_LEN * num_x)
     pair = gl.load(at + ITEM_PAIR * num_x)
     users = gl.load(entries + ENTRY_USERS * num_entries + pair // KV_HEADS)
     place = gl.load(entries + ENTRY_PLACE * num_entries + pair // KV_HEADS)
     units = (length + KEYS - 1) // KEYS
-    row_tile = (position - cost) // (units + OVERHEAD)
-    zero = cost + row_tile * (units + OVERHEAD) + OVERHEAD
+    round = (position - cost) // (units + OVERHEAD)
+    zero = cost + round * (units + OVERHEAD) + OVERHEAD
+    row_tile = round * lanes + gl.program_id(0) % lanes
     first = gl.maximum(position - zero, 0)
     end = gl.minimum(last - zero, units)
     tokens = (gl.load(at + ITEM_BEGIN * num_x), length)
     rows = (pair % KV_HEADS, gl.load(at + ITEM_ROWS * num_x), row_tile, place, users)
     position = zero + units
-    finished = position >= cost + (users + USERS - 1) // USERS * (units + OVERHEAD)
+    finished = position >= cost + (users + USERS - 1) // USERS // lanes * (units + OVERHEAD)
     return first, end, tokens, rows, position, gl.where(finished, item + 1, item)
 
 
@@ -115,11 +118,11 @@ def _producer(plan, entries, page_table, descs, kv, bars, num_entries, page_rows
     full, empty = bars
     KV_HEADS: gl.constexpr = SHAPE[1]
     NUM_STAGES: gl.constexpr = SHAPE[5]
-    position, last, item = _begin(plan, num_entries * KV_HEADS)
+    position, last, item, lanes = _begin(plan, num_entries * KV_HEADS)
     stage, phase = 0, 0
     while position < last:
         first, end, tokens, _rows, position, item = _piece(
-            plan, entries, position, last, item, num_entries, KV_HEADS, SHAPE[3], SHAPE[4]
+            plan, entries, position, last, item, lanes, num_entries, KV_HEADS, SHAPE[3], SHAPE[4]
         )
         tiles = gl.maximum(end - first, 0)
         begin, _length = tokens
@@ -200,12 +203,12 @@ def _consumer(
     if WARPGROUP == 1:
         run_ptx(sync_text("bar.arrive", 8))
     q = q_smem.index(WARPGROUP)
-    first_row = gl.load(plan + HEADER_BIG + 3) + gl.program_id(0) * (2 * ROWS)
-    position, last, item = _begin(plan, num_entries * KV_HEADS)
+    position, last, item, lanes = _begin(plan, num_entries * KV_HEADS)
+    first_row = gl.load(plan + HEADER_BIG + 3) + gl.program_id(0) // lanes * lanes * (2 * ROWS)
     ring = (0, 0)
     while position < last:
         first, end, tokens, rows, position, item = _piece(
-            plan, entries, position, last, item, num_entries, KV_HEADS, SHAPE[3], SHAPE[4]
+            plan, entries, position, last, item, lanes, num_entries, KV_HEADS, SHAPE[3], SHAPE[4]
         )
         if first < end:
             _load_queries(q_ptr, entries, rows, q, num_seqs, num_entries, WARPGROUP, SHAPE)

@@ -26,6 +26,7 @@ from compactor_vllm.attention.decode_config import DecodeConfig, TileConfig, def
 from compactor_vllm.attention.decode_plan import DecodePlan, plan_constants_of, plan_decode
 from compactor_vllm.attention.decode_plan_kernel import (
     HEADER,
+    HEADER_LANES,
     MERGE_COUNT,
     MERGE_ROW,
     group_entries_kernel,
@@ -326,7 +327,7 @@ def _merge_kernel(
     pair = (g * num_seqs + seq) * KV_HEADS + first_head // GROUP
     count = tl.load(plan_ptr + HEADER + MERGE_COUNT * num_x + pair, mask=g < SEGMENTS, other=0)
     begin = tl.load(plan_ptr + HEADER + MERGE_ROW * num_x + pair, mask=count != 0, other=0)
-    step = tl.where(count < 0, BIG_M, SMALL_M)
+    step = tl.where(count < 0, BIG_M * tl.load(plan_ptr + HEADER_LANES), SMALL_M)
     count = tl.abs(count)
     after = tl.cumsum(count, axis=0)
     before = after - count
