@@ -35,7 +35,7 @@ from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_tensor
 
 MAX_COLUMNS = 127
-_BLOCK = 512  # tokens of a program of the long path
+_BLOCK = 1024  # tokens of a program of the long path
 _FACTOR_WARPS = 4
 _SLICE, _MERGED = 16, 4  # rows of a matrix that a program merges, and blocks that it adds at a time
 _INTERPRETER_TERM = torch.float32  # Triton's interpreter has no bfloat16 products

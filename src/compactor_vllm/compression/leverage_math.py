@@ -124,6 +124,21 @@ def chunk_moments(
 
 
 @triton.jit
+def _inverse_pivot(pivot_row, smallest, row, j):
+    """One over element j of the pivot's row, or 0 where that is too small."""
+    pivot = tl.sum(tl.where(row == j, pivot_row, 0.0), 0)
+    least = tl.sum(tl.where(row == j, smallest, 0.0), 0)
+    return tl.where(pivot > least, 1.0 / tl.maximum(pivot, least), 0.0)
+
+
+@triton.jit
+def _eliminate(a, pivot_row, below, row, j):
+    """Takes `below` times the pivot's row from the rows below it, and keeps the factors in column j."""
+    rest = a - below[:, None] * pivot_row[None, :]
+    return tl.where((row == j)[None, :] & (row > j)[:, None], -below[:, None], rest)
+
+
+@triton.jit
 def whitening(gram, mean, count, ridge, COLUMNS: tl.constexpr, PADDED: tl.constexpr):
     """W = D^-1/2 L⁻¹ of gram + ridge = L D Lᵀ, as a [PADDED, PADDED] matrix (rows beyond COLUMNS are zero).
 
@@ -136,13 +151,18 @@ def whitening(gram, mean, count, ridge, COLUMNS: tl.constexpr, PADDED: tl.conste
     ridge += tl.sum(diagonal, 0) / COLUMNS * 1e-10 + 1e-20
     a = gram + tl.where(on_diagonal, ridge, 0.0)
     smallest = (diagonal + ridge) * 1e-6 + count.to(tl.float32) * mean * mean * 1e-13
-    for j in range(COLUMNS):
-        pivot_row = tl.sum(tl.where((row == j)[:, None], a, 0.0), 0)
-        pivot = tl.sum(tl.where(row == j, pivot_row, 0.0), 0)
-        least = tl.sum(tl.where(row == j, smallest, 0.0), 0)
-        inverse = tl.where(pivot > least, 1.0 / tl.maximum(pivot, least), 0.0)
-        below = tl.where(row > j, pivot_row * inverse, 0.0)[:, None]
-        a = tl.where((row == j)[None, :] & (row > j)[:, None], -below, a - below * pivot_row[None, :])
+    for j in range(0, COLUMNS, 2):
+        # Two rows a step: what a step waits for, sums over warps and changes of layout, it waits for half as often.
+        # An odd last row goes with one of padding, which is zero but for its diagonal.
+        above = tl.sum(tl.where((row == j)[:, None], a, 0.0), 0)
+        beside = tl.sum(tl.where((row == j + 1)[:, None], a, 0.0), 0)
+        inverse = _inverse_pivot(above, smallest, row, j)
+        share = tl.sum(tl.where(row == j, beside, 0.0), 0) * inverse
+        beside = tl.where(row == j, -share, beside - share * above)
+        below = tl.where(row > j, above * inverse, 0.0)
+        further = tl.where(row > j + 1, beside * _inverse_pivot(beside, smallest, row, j + 1), 0.0)
+        a = _eliminate(a, above, below, row, j)
+        a = _eliminate(a, beside, further, row, j + 1)
     pivots = tl.sum(tl.where(on_diagonal, a, 0.0), 1)
     scale = tl.where((pivots > smallest) & (row < COLUMNS), tl.rsqrt(tl.maximum(pivots, smallest)), 0.0)
     lower = tl.where(row[:, None] > row[None, :], a, tl.where(on_diagonal, 1.0, 0.0))

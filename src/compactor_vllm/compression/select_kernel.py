@@ -1,7 +1,7 @@
 """Triton version of `selection.select_tokens`: an exact radix select that never asks the host.
 
 Every (token, head) pair has a 32-bit key that sorts like its score (NaN lowest, -0.0 equal to 0.0); protected pairs
-have a key of their own above all scores. Three histograms (11, 11 and 10 bits) find the key of the last pair that is
+have a key of their own above all scores. Three histograms (8, 12 and 12 bits) find the key of the last pair that is
 kept, and how many pairs with just that key are kept: the first ones in (token, head) order. A fourth pass counts per
 block of tokens and head, a fifth writes. Only integer atomics: the result is the same in every run.
 
@@ -22,7 +22,15 @@ import triton.language as tl
 from torch import Tensor
 
 from compactor_vllm.compression.kernel_blocks import blocks_before, locate_block, max_blocks
-from compactor_vllm.compression.select_math import BINS, find_limit, order_in_tile, scan_tallies, tile_keys
+from compactor_vllm.compression.select_math import (
+    BINS,
+    FIRST_BINS,
+    find_limit,
+    order_in_tile,
+    record_limit,
+    scan_tallies,
+    tile_keys,
+)
 from compactor_vllm.compression.selection import score_order
 from compactor_vllm.distributed.group import KVHeads
 from compactor_vllm.errors import InvalidInputError
@@ -31,6 +39,7 @@ from compactor_vllm.kv_cache.checks import check_tensor
 _TILE = 2048  # pairs that a program looks at
 _SCAN = 2048  # tallies that it adds up at once
 _MAX_HEADS = 64
+_TALLY_WARPS = 8
 _SIGN = -(2**31)  # what tells a key from the order that `score_order` gives
 _TOP = 2**31 - 1
 
@@ -136,7 +145,8 @@ class _Search:
         self.blocks = max_blocks(self.num_tokens, self.num_seqs, block)
         groups = self.num_seqs * self.splits
         self.histograms = torch.zeros(3, groups, BINS.value, dtype=torch.int32, device=self.device)
-        self.limits = torch.empty(groups, 2, dtype=torch.int32, device=self.device)
+        limits = torch.empty(3, groups, 2, dtype=torch.int32, device=self.device)
+        self.limits = limits[2]
         self.tallies = torch.empty(self.blocks, self.num_kv_heads, 2, dtype=torch.int32, device=self.device)
         self.floor = floor
         self.constants = {
@@ -147,12 +157,12 @@ class _Search:
             "HAS_FLOOR": floor is not None,
         }
         floor = self.limits if floor is None else floor
-        common = (*self.inputs, floor, keep_B, self.histograms, self.num_seqs, groups)
+        common = (*self.inputs, floor, keep_B, self.histograms, limits, self.num_seqs, groups)
         for digit in range(3):
             _histogram_kernel[(self.blocks, self.splits)](*common, **self.constants, DIGIT=digit, num_warps=4)
             if heads is not None:
                 heads.all_reduce_(self.histograms[digit])
-        _tally_kernel[(self.blocks, self.splits)](*common, self.limits, self.tallies, **self.constants, num_warps=4)
+        _tally_kernel[(self.blocks, self.splits)](*common, self.tallies, **self.constants, num_warps=_TALLY_WARPS)
 
     def cut(self) -> Tensor:
         """After `run(per_head=True)`: int32 [B, K, 2], key of each head's last kept token, and that token."""
@@ -214,7 +224,7 @@ def _check(
 
 @triton.jit(do_not_specialize=["num_seqs", "groups"])
 def _histogram_kernel(
-    scores_ptr, protected_ptr, cu_seqlens_ptr, floor_ptr, keep_ptr, histograms_ptr, num_seqs, groups,
+    scores_ptr, protected_ptr, cu_seqlens_ptr, floor_ptr, keep_ptr, histograms_ptr, limits_ptr, num_seqs, groups,
     NUM_KV_HEADS: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, BLOCK: tl.constexpr,
     HAS_FLOOR: tl.constexpr, DIGIT: tl.constexpr,
 ):  # fmt: skip
@@ -230,29 +240,28 @@ def _histogram_kernel(
             scores_ptr, protected_ptr, floor_ptr, sequence, begin, end, split * HEADS,
             NUM_KV_HEADS, HEADS, HEADS_PADDED, BLOCK, HAS_FLOOR,
         )  # fmt: skip
+        target = histograms_ptr + (DIGIT * groups + group).to(tl.int64) * BINS
         if DIGIT > 0:
-            limit, need = find_limit(histograms_ptr, groups, group, need, DIGIT)
-            leading = (key >> (21 if DIGIT == 1 else 10)).to(tl.int32, bitcast=True)
-            valid = valid & (leading == limit)
-        if DIGIT == 0:
-            digit = key >> 21
-        elif DIGIT == 1:
-            digit = (key >> 10) & 2047
+            # Few pairs are left, and their digits are spread: each is counted by itself.
+            limit, need = find_limit(histograms_ptr, limits_ptr, groups, group, need, DIGIT)
+            if tl.program_id(0) == first_block:
+                record_limit(limits_ptr, groups, group, limit, need, DIGIT)
+            rest = key >> (12 if DIGIT == 1 else 0)
+            valid = valid & ((rest >> 12).to(tl.int32, bitcast=True) == limit)
+            tl.atomic_add(target + (rest & 4095).to(tl.int32), 1, mask=valid, sem="relaxed")
         else:
-            digit = key & 1023
-        # Other pairs are counted in bin 0 and taken out again: `tl.histogram(mask=...)` miscounts on GPUs (triton 3.6).
-        others = BLOCK * HEADS_PADDED - tl.sum(tl.sum(valid.to(tl.int32), 1), 0)
-        digit = tl.reshape(tl.where(valid, digit.to(tl.int32), 0), (BLOCK * HEADS_PADDED,))
-        bins = tl.arange(0, BINS)
-        counts = tl.histogram(digit, BINS) - tl.where(bins == 0, others, 0)
-        target = histograms_ptr + (DIGIT * groups + group).to(tl.int64) * BINS + bins
-        tl.atomic_add(target, counts, mask=counts > 0, sem="relaxed")
+            # Other pairs are counted in bin 0 and taken out: `tl.histogram(mask=...)` miscounts on GPUs (triton 3.6).
+            others = BLOCK * HEADS_PADDED - tl.sum(tl.sum(valid.to(tl.int32), 1), 0)
+            digit = tl.reshape(tl.where(valid, (key >> 24).to(tl.int32), 0), (BLOCK * HEADS_PADDED,))
+            bins = tl.arange(0, FIRST_BINS)
+            counts = tl.histogram(digit, FIRST_BINS) - tl.where(bins == 0, others, 0)
+            tl.atomic_add(target + bins, counts, mask=counts > 0, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["num_seqs", "groups"])
 def _tally_kernel(
-    scores_ptr, protected_ptr, cu_seqlens_ptr, floor_ptr, keep_ptr, histograms_ptr, num_seqs, groups,
-    limits_ptr, tallies_ptr,
+    scores_ptr, protected_ptr, cu_seqlens_ptr, floor_ptr, keep_ptr, histograms_ptr, limits_ptr, num_seqs, groups,
+    tallies_ptr,
     NUM_KV_HEADS: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, BLOCK: tl.constexpr,
     HAS_FLOOR: tl.constexpr,
 ):  # fmt: skip
@@ -263,7 +272,7 @@ def _tally_kernel(
         split = tl.program_id(1)
         group = sequence * (NUM_KV_HEADS // HEADS) + split
         keep = tl.load(keep_ptr + sequence).to(tl.int32) * HEADS
-        limit, need = find_limit(histograms_ptr, groups, group, keep, 3)
+        limit, need = find_limit(histograms_ptr, limits_ptr, groups, group, keep, 3)
         limit = tl.where(keep > 0, limit, -1)
         need = tl.where(keep > 0, need, 0)
         begin = tl.load(cu_seqlens_ptr + sequence) + (block - first_block) * BLOCK
@@ -280,8 +289,7 @@ def _tally_kernel(
         tl.store(target, above, mask=lane < HEADS)
         tl.store(target + 1, equal, mask=lane < HEADS)
         if block == first_block:
-            tl.store(limits_ptr + group * 2, limit)
-            tl.store(limits_ptr + group * 2 + 1, need)
+            record_limit(limits_ptr, groups, group, limit, need, 3)
 
 
 @triton.jit(do_not_specialize=["num_seqs"])
@@ -382,4 +390,5 @@ def aot_signatures() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int,
             names = [name for name in kernel.arg_names if name not in constants]
             signature = {name: special.get(name) or ("*i32" if name.endswith("_ptr") else "i32") for name in names}
             digit = f" digit {constants['DIGIT']}" if "DIGIT" in constants else ""
-            yield kernel, signature, constants, 4, 1, f"{kernel.__name__} {heads} of {num_kv_heads} heads{digit}"
+            warps = _TALLY_WARPS if kernel is _tally_kernel else 4
+            yield kernel, signature, constants, warps, 1, f"{kernel.__name__} {heads} of {num_kv_heads} heads{digit}"

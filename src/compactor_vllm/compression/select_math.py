@@ -5,7 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-BINS: tl.constexpr = tl.constexpr(2048)
+# The first digit of a key has 8 bits, the other two have 12.
+FIRST_BINS: tl.constexpr = tl.constexpr(256)
+BINS: tl.constexpr = tl.constexpr(4096)
 
 
 @triton.jit
@@ -37,9 +39,9 @@ def tile_keys(
 
 
 @triton.jit
-def _find_digit(histogram_ptr, need):
-    """The bin in which the `need`-th largest pair lies, and how many pairs lie in the bins above."""
-    counts = tl.load(histogram_ptr + tl.arange(0, BINS))
+def _find_digit(histogram_ptr, need, COUNT: tl.constexpr):
+    """Of COUNT bins the one in which the `need`-th largest pair lies, and how many pairs lie in the bins above."""
+    counts = tl.load(histogram_ptr + tl.arange(0, COUNT))
     from_here = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts
     reached = from_here >= need
     above = tl.max(tl.where(reached, 0, from_here), 0)
@@ -47,14 +49,27 @@ def _find_digit(histogram_ptr, need):
 
 
 @triton.jit
-def find_limit(histograms_ptr, groups, group, need, DIGITS: tl.constexpr):
-    """Leading digits of the `need`-th largest key (int32 bits), and how many pairs with these digits are needed."""
-    limit = 0
-    for digit in tl.static_range(DIGITS):
-        found, above = _find_digit(histograms_ptr + (digit * groups + group).to(tl.int64) * BINS, need)
-        need -= above
-        limit = (limit << (10 if digit == 2 else 11)) | found
-    return limit, need
+def find_limit(histograms_ptr, limits_ptr, groups, group, keep, DIGITS: tl.constexpr):
+    """The first DIGITS digits of the `keep`-th largest key (int32 bits), and how many pairs with these are needed.
+
+    All but the last of them were found, and recorded by `record_limit`, one launch earlier.
+    """
+    limit, need = 0, keep
+    if DIGITS > 1:
+        known = limits_ptr + ((DIGITS - 2) * groups + group) * 2
+        limit = tl.load(known)
+        need = tl.load(known + 1)
+    histogram_ptr = histograms_ptr + ((DIGITS - 1) * groups + group).to(tl.int64) * BINS
+    found, above = _find_digit(histogram_ptr, need, FIRST_BINS if DIGITS == 1 else BINS)
+    return (limit << 12) | found, need - above
+
+
+@triton.jit
+def record_limit(limits_ptr, groups, group, limit, need, DIGITS: tl.constexpr):
+    """Records what `find_limit` found, for later launches."""
+    known = limits_ptr + ((DIGITS - 1) * groups + group) * 2
+    tl.store(known, limit)
+    tl.store(known + 1, need)
 
 
 @triton.jit
