@@ -61,6 +61,18 @@ def chunks(tokens: int, size: int | None) -> list[slice]:
     return [slice(b, min(b + size, tokens)) for b in range(0, tokens, size)]
 
 
+def np_direction(k: Array, chunk: int | None = None) -> Array:
+    """Minus the cosine between each key and the mean of its chunk's unit keys; 0 for keys without a length."""
+    out = np.zeros(k.shape[:2])
+    for begin in range(0, len(k), chunk or max(len(k), 1)):
+        part = k[begin : begin + (chunk or len(k))].astype(np.float64)
+        lengths = np.sqrt((part**2).sum(-1, keepdims=True))
+        unit = np.divide(part, lengths, out=np.zeros_like(part), where=lengths > 0)
+        mean = unit.mean(0)
+        out[begin : begin + len(part)] = -(unit * mean).sum(-1) / np.maximum(np.sqrt((mean**2).sum(-1)), 1e-12)
+    return out
+
+
 def np_leverage(k: Array, phi: Array, chunk: int | None, ridge: float) -> Array:
     out = np.zeros(k.shape[:2])
     for part in chunks(len(k), chunk):

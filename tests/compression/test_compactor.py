@@ -81,7 +81,7 @@ def test_paper_variant_is_the_documented_blend(heads: tuple[int, int], tokens: i
     """Chunk-wise z-score of leverage, sequence-wise z-score of pooled attention."""
     q, k, v = ref.qkv(tokens, *heads, 16, seed=1)
     method = Compactor(
-        attention_chunk=16, leverage_chunk=32, leverage_weight=0.3, value_weighting=False, statistics="all"
+        attention_chunk=16, leverage_chunk=32, direction_weight=0, value_weighting=False, statistics="all"
     )
     got = blended(method, q, k, v, ref.context_for([tokens], *heads, 16))
     q64, k64 = q.double().numpy(), k.double().numpy()
@@ -98,6 +98,7 @@ def test_port_variant_is_its_formula() -> None:
     q, k, v = ref.qkv(60, 4, 2, 16, seed=2)
     method = Compactor(
         leverage_weight="removed",
+        direction_weight=0,
         value_weighting=True,
         attention_chunk=25,
         logits_scale="model",
@@ -117,6 +118,9 @@ def test_port_variant_is_its_formula() -> None:
     attention = ref.np_chunk_attention(q64, k64, 25, 0.25, "mean") * np.linalg.norm(v64, axis=-1)
     want = ref.np_zscore(ref.np_pool(attention, 3), counted) + 0.75 * o
     np.testing.assert_allclose(blended(method, q, k, v, context).numpy(), want, rtol=1e-3, atol=2e-3)
+    directed = dataclasses.replace(method, direction_weight=0.5)
+    want += 0.5 * ref.np_zscore(ref.np_direction(k64), counted)
+    np.testing.assert_allclose(blended(directed, q, k, v, context).numpy(), want, rtol=1e-3, atol=2e-3)
 
 
 def test_zscore_domains() -> None:
@@ -192,12 +196,15 @@ def test_equal_tokens_have_equal_scores() -> None:
 def test_weights_of_zero_leave_a_part_out() -> None:
     q, k, v = ref.qkv(40, 4, 2, 16)
     context = ref.context_for([40], 4, 2, 16)
-    assert Compactor(leverage_weight=0).pre_rope_scoring(q, k, v, context) is None
-    leverage = Compactor(attention_weight=0).pre_rope_scoring(q, k, v, context)
+    assert Compactor(leverage_weight=0, direction_weight=0).pre_rope_scoring(q, k, v, context) is None
+    keys = Compactor(attention_weight=0).pre_rope_scoring(q, k, v, context)
     nan = torch.full_like(q, torch.nan)
-    assert torch.equal(Compactor(attention_weight=0).post_rope_scoring(nan, k, v, leverage, context), leverage)
+    assert torch.equal(Compactor(attention_weight=0).post_rope_scoring(nan, k, v, keys, context), keys)
+    leverage = Compactor(direction_weight=0).pre_rope_scoring(q, k, v, context)
+    direction = Compactor(leverage_weight=0).pre_rope_scoring(q, k, v, context)
+    torch.testing.assert_close(keys, leverage + direction)
     attention = Compactor(leverage_weight=0).post_rope_scoring(q, k, v, None, context)
-    torch.testing.assert_close(blended(Compactor(), q, k, v, context), attention + leverage)
+    torch.testing.assert_close(blended(Compactor(), q, k, v, context), attention + keys)
 
 
 def test_inputs_stay_as_they_are_and_results_repeat() -> None:
@@ -228,6 +235,7 @@ def test_long_contexts_take_the_blocked_path() -> None:
     "option",
     [
         {"leverage_weight": -1},
+        {"direction_weight": -0.5},
         {"leverage_weight": "some"},
         {"leverage_weight": float("nan")},
         {"attention_weight": None},

@@ -11,6 +11,7 @@ import torch
 
 from compactor_vllm.compression import Compactor, compactor_kernel
 from compactor_vllm.compression import chunk_attention_kernel as attention
+from compactor_vllm.compression import direction_kernel as direction
 from compactor_vllm.compression import leverage_kernel as leverage
 from compactor_vllm.compression import zscore_kernel as zscores
 from compactor_vllm.compression.common import gaussian_sketch
@@ -31,6 +32,8 @@ def small_tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leverage, "_BLOCK", 32)
     tiles = attention.ChunkAttentionConfig(queries=16, keys=32, num_warps=4, num_stages=1)
     monkeypatch.setattr(attention, "default_chunk_attention_config", lambda *_: tiles)
+    monkeypatch.setattr(direction, "_BLOCK", 32)
+    monkeypatch.setattr(direction, "_VALUES", 512)
     monkeypatch.setattr(zscores, "_TILE", 64)
 
 
@@ -86,6 +89,18 @@ def test_leverage_of_keys_far_from_the_origin(device: torch.device) -> None:
     assert error(got, ref.np_leverage(wide(k), wide(phi), None, 5e-3)) < 1e-3
 
 
+@pytest.mark.parametrize(
+    ("chunk", "dtype"), [(16, torch.float32), (24, torch.float16), (100, torch.bfloat16), (None, torch.float32)]
+)
+def test_direction(device: torch.device, dtype: torch.dtype, chunk: int | None) -> None:
+    """Chunks shorter and longer than a block, more blocks than are added at a time, a key of length 0."""
+    lengths = [*LENGTHS, 600]
+    k = ref.qkv(sum(lengths), 2, 2, 20)[1].to(device, dtype) + torch.randn(2, 20, dtype=dtype, device=device)
+    k[3] = 0
+    got = direction.direction_scores(k, borders_of(lengths, device), chunk=chunk)
+    assert error(got, per_sequence(lengths, lambda x: ref.np_direction(x, chunk), wide(k))) < 4e-6
+
+
 @pytest.mark.parametrize("ridge", [0.0, 5e-3])
 def test_leverage_of_degenerate_chunks_is_finite(device: torch.device, ridge: float) -> None:
     """Equal keys have no leverage; fewer keys than columns have as much as their rank; large ones do not overflow."""
@@ -105,6 +120,7 @@ def test_sequences_do_not_touch_each_other(device: torch.device) -> None:
     for call in (
         lambda: leverage.leverage_scores(k, phi, borders, chunk=None, ridge=5e-3),
         lambda: attention.chunk_attention_scores(q, k, borders, chunk=16, scale=1.0),
+        lambda: direction.direction_scores(k, borders, chunk=None),
         lambda: zscores.standardize(k[:, :, 0].contiguous(), borders, domain="sequence", pool_width=5),
     ):
         before = call()
@@ -201,12 +217,14 @@ def test_equal_scores_standardize_to_zero(device: torch.device) -> None:
     "method",
     [
         Compactor(),
-        Compactor(leverage_weight=0.3, value_weighting=False, statistics="all", group_reduction="mean"),
+        Compactor(direction_weight=0, value_weighting=False, statistics="all", group_reduction="mean"),
         Compactor(leverage_chunk="sequence", leverage_zscore="head", attention_zscore="chunk", logits_scale="model"),
-        Compactor(leverage_weight=0.0, attention_chunk=16, pool=1),
-        Compactor(attention_weight=0.0),
+        Compactor(leverage_weight=0.0, direction_weight=0, attention_chunk=16, pool=1),
+        Compactor(attention_weight=0.0, direction_weight=0, leverage_weight="removed"),
+        Compactor(attention_weight=0.0, leverage_weight=0),
+        Compactor(leverage_weight=0.0, direction_weight=0.5, leverage_zscore="head", statistics="all"),
     ],
-    ids=["default", "paper", "sequence", "attention only", "leverage only"],
+    ids=["default", "paper", "sequence", "attention only", "leverage only", "direction only", "no leverage"],
 )
 def test_whole_method(device: torch.device, method: Compactor) -> None:
     lengths, protected = [1, 40, 25], ((0, 1), (20, 60))

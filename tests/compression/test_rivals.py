@@ -78,12 +78,7 @@ def np_knorm(q: Array, k: Array, v: Array) -> Array:
 
 
 def np_keydiff(q: Array, k: Array, v: Array) -> Array:
-    out = np.zeros(k.shape[:2])
-    for head in range(k.shape[1]):
-        unit = np.array([row / np.linalg.norm(row) for row in np_rotate(k)[:, head]])
-        anchor = unit.mean(0)
-        out[:, head] = [-(row @ anchor) / np.linalg.norm(anchor) for row in unit]
-    return out
+    return ref.np_direction(np_rotate(k))
 
 
 def np_streaming(q: Array, k: Array, v: Array, sinks: int = 4) -> Array:

@@ -42,6 +42,7 @@ KERNEL_MODULES = (
     "compactor_vllm.kv_cache.store_kv_cache",
     "compactor_vllm.kv_cache.write_page_table",
     "compactor_vllm.compression.select_kernel",
+    "compactor_vllm.compression.direction_kernel",
     "compactor_vllm.compression.leverage_kernel",
     "compactor_vllm.compression.chunk_attention_kernel",
     "compactor_vllm.compression.zscore_kernel",

@@ -1,4 +1,4 @@
-"""COMPACTOR: approximate leverage of keys, blended with non-causal attention inside chunks.
+"""COMPACTOR: approximate leverage and direction of keys, blended with non-causal attention inside chunks.
 
 Shape suffixes: T tokens of the call, N tokens of one sequence, H query heads, K KV heads, D head dimension.
 """
@@ -17,6 +17,7 @@ from compactor_vllm.compression.reference import (
     GROUP_REDUCTIONS,
     ZSCORE_DOMAINS,
     chunk_attention_scores,
+    direction_scores,
     leverage_scores,
     pool_scores,
     zscore,
@@ -27,21 +28,23 @@ from compactor_vllm.compression.reference import (
 class Compactor(BaseCompressionMethod):
     """Query-agnostic scores: which keys no other key can stand in for, and which ones their surroundings look at.
 
-    s = attention_weight · z(a) + leverage_weight · z(o), with the leverage o of pre-RoPE keys and the attention a
-    that a key receives from the queries of its chunk (Chari and Van Durme, arXiv 2507.08143). docs/methods.md says
-    which of the published variants each option belongs to.
+    s = attention_weight · z(a) + leverage_weight · z(o) + direction_weight · z(d), with the leverage o of pre-RoPE keys
+    and the attention a that a key receives from the queries of its chunk (Chari and Van Durme, arXiv 2507.08143), and
+    how far the direction of a pre-RoPE key is from their mean, d. docs/methods.md says which of the published variants
+    each option belongs to.
 
     Attributes:
         leverage_weight: weight of z(o); "removed" is the fraction of the sequence that is dropped.
         attention_weight: weight of z(a); 0 leaves attention out, and its cost.
+        direction_weight: weight of z(d); 0 leaves it out, and its cost.
         attention_chunk: tokens of a chunk of a.
         logits_scale: factor of the logits of a; "model" is the model's own (usually head_dim ** -0.5).
         group_reduction: "sum", "mean" or "max" over the query heads of a KV head.
         value_weighting: a is multiplied by the length of the value vector.
         pool: odd width of the sliding mean over a; 1 is none.
         attention_zscore: over what z(a) is taken, "sequence" (tokens and heads), "head", "chunk" or "none".
-        leverage_chunk: tokens of a chunk of o; "call" takes `chunk_size` of the call, "sequence" the whole.
-        leverage_zscore: over what z(o) is taken, as `attention_zscore`.
+        leverage_chunk: tokens of a chunk of o and d; "call" takes `chunk_size` of the call, "sequence" the whole.
+        leverage_zscore: over what z(o) and z(d) are taken, as `attention_zscore`.
         statistics: tokens that z-scores count, "all" or "unprotected".
         ridge: added to the diagonal of the sketched keys' Gram matrix.
         sketch_size: columns of the sketch; None takes the engine's `leverage_sketch_size`.
@@ -50,8 +53,9 @@ class Compactor(BaseCompressionMethod):
     name: ClassVar[str] = "compactor"
     pre_rope_queries: ClassVar[bool] = False
 
-    leverage_weight: float | str = "removed"
+    leverage_weight: float | str = 0.3
     attention_weight: float = 1.0
+    direction_weight: float = 1.0
     attention_chunk: int = 256
     logits_scale: float | str = 1.0
     group_reduction: str = "sum"
@@ -68,6 +72,7 @@ class Compactor(BaseCompressionMethod):
         super().__post_init__()
         check_number(self, "leverage_weight", 0.0, words=("removed",))
         check_number(self, "attention_weight", 0.0)
+        check_number(self, "direction_weight", 0.0)
         check_int(self, "attention_chunk", 1)
         check_number(self, "logits_scale", 0.0, words=("model",))
         check_choice(self, "group_reduction", GROUP_REDUCTIONS)
@@ -81,22 +86,25 @@ class Compactor(BaseCompressionMethod):
         check_int(self, "sketch_size", 1, optional=True)
 
     def pre_rope_scoring(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, context: ScoringContext) -> Tensor | None:
-        """leverage_weight · z(o): float32 [T, K]; None when leverage has no weight."""
-        if self.leverage_weight == 0:
+        """leverage_weight · z(o) + direction_weight · z(d): float32 [T, K]; None when neither has a weight."""
+        if self.leverage_weight == 0 and self.direction_weight == 0:
             return None
         if self._kernels_score(context):
             from compactor_vllm.compression.compactor_kernel import pre_rope_scores
 
             return pre_rope_scores(self, k_TKD, context)
-        phi_DS = context.sketch(self.sketch_size)
         scores_TK = torch.zeros(k_TKD.shape[:2], dtype=torch.float32, device=k_TKD.device)
+        chunk = self.leverage_tokens(context)
         for span in context.spans:
-            chunk = self.leverage_tokens(context)
-            leverage_NK = leverage_scores(k_TKD[span.begin : span.end], phi_DS, chunk, self.ridge)
-            standard_NK = zscore(
-                leverage_NK, self.leverage_zscore, chunk, self._counted(span, k_TKD.device), context.heads
-            )
-            scores_TK[span.begin : span.end] = standard_NK * self._leverage_weight(span)
+            part, counted_N = slice(span.begin, span.end), self._counted(span, k_TKD.device)
+            domain = (self.leverage_zscore, chunk, counted_N, context.heads)
+            if self.leverage_weight != 0:
+                phi_DS = context.sketch(self.sketch_size)
+                leverage_NK = leverage_scores(k_TKD[part], phi_DS, chunk, self.ridge)
+                scores_TK[part] += zscore(leverage_NK, *domain) * self._leverage_weight(span)
+            if self.direction_weight != 0:
+                direction_NK = direction_scores(k_TKD[part], chunk)
+                scores_TK[part] += zscore(direction_NK, *domain) * self.direction_weight
         return scores_TK
 
     def post_rope_scoring(

@@ -1,8 +1,8 @@
 """Compactor's scores on a GPU: the launches that `Compactor` makes when kernels may be used.
 
-Before RoPE: leverage, then z-score and weight. After RoPE: attention inside chunks times the lengths of values, then
-pooling, z-score and blend. The whole batch of sequences takes two plus two (long chunks: four plus two) launches a
-layer, and nothing waits for the device. What the kernels compute is defined in `reference` and `Compactor`.
+Before RoPE: leverage and direction, each with z-score and weight. After RoPE: attention inside chunks times the lengths
+of values, then pooling, z-score and blend. Nothing waits for the device. What the kernels compute is defined in
+`reference` and `Compactor`.
 
 Shape suffixes: T tokens of the call, B sequences, H query heads, K KV heads, D head dimension.
 """
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from compactor_vllm.compression.chunk_attention_kernel import chunk_attention_scores
+from compactor_vllm.compression.direction_kernel import direction_scores
 from compactor_vllm.compression.leverage_kernel import MAX_COLUMNS, leverage_scores
 from compactor_vllm.compression.reference import standardize_shared
 from compactor_vllm.compression.zscore_kernel import standardize
@@ -33,7 +34,7 @@ def can_score(method: Compactor, context: ScoringContext) -> bool:
 
 
 def pre_rope_scores(method: Compactor, k_TKD: Tensor, context: ScoringContext) -> Tensor | None:
-    """leverage_weight · z(o), float32 [T, K], as `Compactor.pre_rope_scoring`.
+    """leverage_weight · z(o) + direction_weight · z(d), float32 [T, K], as `Compactor.pre_rope_scoring`.
 
     Args:
         method: the options.
@@ -43,20 +44,21 @@ def pre_rope_scores(method: Compactor, k_TKD: Tensor, context: ScoringContext) -
     Raises:
         InvalidInputError: the keys have the wrong shape, dtype or device.
     """
-    if method.leverage_weight == 0:
-        return None
-    chunk = method.leverage_tokens(context)
-    phi_DS, borders_B1 = context.sketch(method.sketch_size), context.cu_seqlens
-    leverage_TK = leverage_scores(k_TKD, phi_DS, borders_B1, chunk=chunk, ridge=method.ridge)
-    weight = method.leverage_weight
-    return _standardize(
-        context,
-        leverage_TK,
-        domain=method.leverage_zscore,
-        chunk=chunk,
-        counted_T=_counted(method, context),
-        weight=_removed(context.spans, k_TKD.device) if weight == "removed" else float(weight),
-    )
+    chunk, borders_B1 = method.leverage_tokens(context), context.cu_seqlens
+    domain = {"domain": method.leverage_zscore, "chunk": chunk, "counted_T": _counted(method, context)}
+    scores_TK = None
+    if method.leverage_weight != 0:
+        phi_DS = context.sketch(method.sketch_size)
+        leverage_TK = leverage_scores(k_TKD, phi_DS, borders_B1, chunk=chunk, ridge=method.ridge)
+        removed = method.leverage_weight == "removed"
+        weight = _removed(context.spans, k_TKD.device) if removed else float(method.leverage_weight)
+        scores_TK = _standardize(context, leverage_TK, weight=weight, **domain)
+    if method.direction_weight != 0:
+        direction_TK = direction_scores(k_TKD, borders_B1, chunk=chunk)
+        scores_TK = _standardize(
+            context, direction_TK, weight=float(method.direction_weight), base_TK=scores_TK, **domain
+        )
+    return scores_TK
 
 
 def post_rope_scores(

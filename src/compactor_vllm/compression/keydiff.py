@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from compactor_vllm.compression.common import BaseCompressionMethod, ScoringContext
-from compactor_vllm.compression.reference import token_blocks
+from compactor_vllm.compression.reference import direction_scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,15 +30,12 @@ class KeyDiff(BaseCompressionMethod):
         self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, pre_rope_scores_TK: Tensor | None, context: ScoringContext
     ) -> Tensor:
         """float32 [T, K], in [-1, 1]."""
+        if context.kernels == "triton":
+            from compactor_vllm.compression import direction_kernel
+
+            return direction_kernel.direction_scores(k_TKD, context.cu_seqlens, chunk=context.chunk_size)
         scores_TK = torch.empty(k_TKD.shape[:2], dtype=torch.float32, device=k_TKD.device)
         for span in context.spans:
-            chunk = context.chunk_size or max(len(span), 1)
-            for begin in range(span.begin, span.end, chunk):
-                end = min(begin + chunk, span.end)
-                total_KD = torch.zeros(k_TKD.shape[1:], dtype=torch.float32, device=k_TKD.device)
-                for block in token_blocks(begin, end):
-                    total_KD += F.normalize(k_TKD[block].float(), dim=-1).sum(0)
-                anchor_KD = F.normalize(total_KD, dim=-1)
-                for block in token_blocks(begin, end):
-                    scores_TK[block] = -(F.normalize(k_TKD[block].float(), dim=-1) * anchor_KD).sum(-1)
+            part = slice(span.begin, span.end)
+            scores_TK[part] = direction_scores(k_TKD[part], context.chunk_size)
         return scores_TK

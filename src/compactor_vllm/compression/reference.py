@@ -30,6 +30,7 @@ MIN_STD = 1e-6
 
 _LOGITS_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 26}
 _TOKENS_AT_ONCE = 1 << 15
+COSINE_STEPS = 2**20
 
 
 def chunk_runs(num_tokens: int, chunk: int | None) -> Iterator[tuple[int, int, int]]:
@@ -96,6 +97,29 @@ def leverage_scores(k_NKD: Tensor, phi_DS: Tensor, chunk: int | None, ridge: flo
         whitened_MKCS = x_MKCS @ whitener_MKSS.transpose(2, 3).float()
         out_NK[begin:end] = whitened_MKCS.square().sum(-1).transpose(1, 2).reshape(end - begin, num_kv_heads)
     return out_NK
+
+
+def direction_scores(k_NKD: Tensor, chunk: int | None) -> Tensor:
+    """How far each key's direction is from the mean direction of its chunk and head: float32 [N, K] in [-1, 1].
+
+    d_j = -cos(k_j, anchor), anchor = Σ over the chunk of k_j / ‖k_j‖ (KeyDiff, arXiv 2504.15364). A key, or an anchor,
+    of length 0 has cosine 0. Cosines are rounded to 2^-20, so that equal keys have equal scores on any device.
+
+    Args:
+        k_NKD: keys [N, K, D], any float type.
+        chunk: tokens of a chunk; None: the whole sequence.
+    """
+    num_tokens = k_NKD.shape[0]
+    out_NK = torch.empty(k_NKD.shape[:2], dtype=torch.float32, device=k_NKD.device)
+    for begin in range(0, num_tokens, chunk or max(num_tokens, 1)):
+        end = min(begin + (chunk or num_tokens), num_tokens)
+        total_KD = torch.zeros(k_NKD.shape[1:], dtype=torch.float32, device=k_NKD.device)
+        for block in token_blocks(begin, end):
+            total_KD += F.normalize(k_NKD[block].float(), dim=-1).sum(0)
+        anchor_KD = F.normalize(total_KD, dim=-1)
+        for block in token_blocks(begin, end):
+            out_NK[block] = -(F.normalize(k_NKD[block].float(), dim=-1) * anchor_KD).sum(-1)
+    return out_NK.mul_(COSINE_STEPS).add_(0.5).floor_().div_(COSINE_STEPS)
 
 
 def chunk_attention_scores(q_NHD: Tensor, k_NKD: Tensor, chunk: int, scale: float, reduction: str = "sum") -> Tensor:
