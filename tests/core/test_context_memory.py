@@ -119,8 +119,9 @@ def test_whatever_is_done_with_an_offloaded_context(small, wanted, tmp_path):
 
 
 def test_loading_makes_room_and_fails_cleanly(small, tmp_path):
-    llm = small(60, host=35)
+    llm = small(50, host=35)
     with llm.compress(DOCUMENT, COMPACTOR, HALF) as first:
+        assert 25 < llm.num_pages - llm.free_pages <= 35
         first.save(tmp_path / "a.kv")
         with llm.load_context(tmp_path / "a.kv") as again:
             assert first.offloaded and not again.offloaded
