@@ -115,7 +115,7 @@ def ours(
     def plan(some: slice) -> Any:
         return plan_decode(
             lens[some], begins[some], workload.segments_BG, num_heads=HEADS, head_dim=HEAD_DIM, dtype=q_BHD.dtype,
-            max_sharing=max_sharing, config=config,
+            max_sharing=max_sharing, page_size=workload.cache.page_size, config=config,
         )  # fmt: skip
 
     def step() -> None:

@@ -42,7 +42,7 @@ def _config(*, block_n: int = 32, unit: int = 16, big_unit: int = 64) -> DecodeC
         overhead=1,
         min_share=1,
     )
-    return DecodeConfig(small=small, big=big)
+    return DecodeConfig(lane_pages=32, small=small, big=big)
 
 
 def _run(
@@ -65,6 +65,7 @@ def _run(
         head_dim=shape[2],
         dtype=dtype,
         max_sharing=max_sharing,
+        page_size=cache.page_size,
         config=config,
     )
     plan.partial_WD.fill_(float("nan"))
@@ -164,7 +165,7 @@ def test_lanes_of_several_segments(device: torch.device, groups: tuple[int, ...]
     _assert_close(case, segments, *_run(case, segments, 8, config))
     plan = plan_decode(
         case.cache.seg_lens_SK[None], case.cache.head_begin_SK[None], segments[:, :1].contiguous(),
-        num_heads=16, head_dim=16, dtype=torch.float32, config=config,
+        num_heads=16, head_dim=16, dtype=torch.float32, page_size=32, config=config,
     )  # fmt: skip
     assert int(plan.words_LW[0, HEADER_LANES.value]) == lanes
 

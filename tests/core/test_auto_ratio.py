@@ -138,5 +138,5 @@ def test_the_built_in_model_comes_with_a_calibration(monkeypatch) -> None:
             SequenceCompressionParams(compression_ratio="auto"),
             return_sequences=True,
         )
-    assert found[0].chosen_ratio + 0.1 < found[1].chosen_ratio < 1  # repeated sentences and random numbers
+    assert found[0].chosen_ratio + 0.05 < found[1].chosen_ratio < 1  # repeated sentences and random numbers
     assert all(sequence.predicted_quality >= 0.95 for sequence in found)

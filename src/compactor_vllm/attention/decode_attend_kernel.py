@@ -59,6 +59,7 @@ def attend_kernel(
     BIG: tl.constexpr,
     SHARED: tl.constexpr,
     ALONE: tl.constexpr,
+    LANES: tl.constexpr,
     DEPENDENT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -83,7 +84,7 @@ def attend_kernel(
     share = tl.load(header_ptr + 1)
     total = tl.load(header_ptr + 2)
     first_row = tl.load(header_ptr + 3)
-    lanes = tl.load(plan_ptr + HEADER_LANES) if BIG else 1
+    lanes = tl.load(plan_ptr + HEADER_LANES) if LANES else 1
     position = program // lanes * share
     last = tl.minimum(position + share, total)
     if position >= last:
@@ -107,7 +108,7 @@ def attend_kernel(
         item_begin = cost // lanes
         round = (position - item_begin) // (units + OVERHEAD)
         zero = item_begin + round * (units + OVERHEAD) + OVERHEAD
-        row_tile = round * lanes + program % lanes
+        row_tile = round * lanes + program % lanes if LANES else round
         first_unit = tl.maximum(position - zero, 0)
         last_unit = tl.minimum(last - zero, units)
         row = tl.arange(0, BLOCK_M)

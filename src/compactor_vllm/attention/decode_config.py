@@ -61,6 +61,8 @@ class DecodeConfig:
         big: tiles of segments that many sequences share.
         merge_warps: warps of a merging program.
         merge_by_group_from: from this many output rows on, a merging program takes a whole group of query heads.
+        lane_pages: page size of the caches in which the row tiles of a shared segment are worked on side by side
+            (decode_plan.py); None: none. Hopper's kernel for the big half has the registers for it.
         dependent_launch: start each kernel's prologue while the one before drains (sm_90 and newer).
     """
 
@@ -68,6 +70,7 @@ class DecodeConfig:
     big: TileConfig
     merge_warps: int = 4
     merge_by_group_from: int = 2048
+    lane_pages: int | None = None
     dependent_launch: bool = False
 
 
@@ -92,7 +95,10 @@ def default_decode_config(capability: tuple[int, int], dtype: torch.dtype, head_
         # IEEE products run without tensor cores, their operands in registers.
         small = replace(small, block_n=16, num_stages=2, programs_per_sm=4)
         return DecodeConfig(small=small, big=replace(small, block_m=32, programs_per_sm=2, unit=64))
-    return DecodeConfig(small=small, big=_big_tiles(capability, padded, block_n, 3 if roomy else 2))
+    big = _big_tiles(capability, padded, block_n, 3 if roomy else 2)
+    return DecodeConfig(
+        small=small, big=big, lane_pages=128 if capability == (9, 0) and head_dim in (64, 128) else None
+    )
 
 
 def _big_tiles(capability: tuple[int, int], padded: int, block_n: int, num_stages: int) -> TileConfig:

@@ -15,10 +15,11 @@ result (normalised accumulator and log-sum-exp) per program. Program p's partial
 `item's first row + p * block_m ...`: pieces come in order of (item, program), each at most block_m rows, so no two
 overlap.
 
-Row tiles of one item read the same tokens. Where every item of the big kernel has a multiple of 2, 3 or 4 of them, as
-many programs (its *lanes*) own one share together, each for every so manyth row tile: they read the same tokens at the
-same time, so that memory is read once for all of them and the L2 cache serves the others. What is said above of a
-program and its block_m rows then holds of the lanes of a share and their lanes * block_m rows.
+Row tiles of one item read the same tokens. Where `DecodeConfig.lane_pages` says so, and every item of the big kernel
+has a multiple of 2, 3 or 4 of them, as many programs (its *lanes*) own one share together, each for every so manyth row
+tile: they read the same tokens at the same time, so that memory is read once for all of them and the L2 cache serves
+the others. What is said above of a program and its block_m rows then holds of the lanes of a share and their
+lanes * block_m rows.
 
 The layout of the words is in decode_plan_kernel.py.
 """
@@ -59,6 +60,7 @@ class DecodePlan:
         partial_WD: float32 [rows, D], partial results; all layers use the same rows, one after another.
         partial_lse: float32 [rows], their log-sum-exp in base 2.
         num_seqs, num_segments, num_heads, num_kv_heads, head_dim: shapes it was made for.
+        lanes: whether row tiles may be worked on side by side.
         shared: whether entries may share segments; has_big: whether the big kernel takes part.
         small_programs, big_programs: launch grids.
         config: tile shapes.
@@ -73,6 +75,7 @@ class DecodePlan:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    lanes: bool
     shared: bool
     has_big: bool
     small_programs: int
@@ -99,6 +102,7 @@ def plan_decode(
     dtype: torch.dtype,
     extra: int = 0,
     max_sharing: int | None = None,
+    page_size: int | None = None,
     config: DecodeConfig | None = None,
 ) -> DecodePlan:
     """Plans decode attention of all layers in one or two launches. No host synchronisation; CUDA-graph safe.
@@ -113,13 +117,14 @@ def plan_decode(
             their row's padding, and a last segment that belongs to its sequence alone.
         max_sharing: how many sequences may use one segment, as far as the host knows; None means any number. A
             hint: a smaller number than the truth costs speed, never correctness. 1 plans without comparing.
+        page_size: of the cache, as far as the caller knows; what is fastest may depend on it.
         config: tile shapes; None takes the card's default.
 
     Raises:
         InvalidInputError: a shape, dtype, device or layout that does not fit; names the argument.
     """
     _check(seg_lens_LSK, head_begin_LSK, segments_BG, num_heads, extra, max_sharing)
-    plan = _allocate(seg_lens_LSK, segments_BG, num_heads, head_dim, dtype, max_sharing, config)
+    plan = _allocate(seg_lens_LSK, segments_BG, num_heads, head_dim, dtype, max_sharing, page_size, config)
     if segments_BG.numel():
         _launch(plan, seg_lens_LSK, head_begin_LSK, segments_BG, extra)
     return plan
@@ -162,6 +167,7 @@ def _allocate(
     head_dim: int,
     dtype: torch.dtype,
     max_sharing: int | None,
+    page_size: int | None,
     config: DecodeConfig | None,
 ) -> DecodePlan:
     device = segments_BG.device
@@ -185,6 +191,7 @@ def _allocate(
         num_heads=num_heads,
         num_kv_heads=K,
         head_dim=head_dim,
+        lanes=page_size is not None and page_size == config.lane_pages,
         shared=sharing > 1,
         has_big=has_big,
         small_programs=small_programs,
@@ -218,6 +225,7 @@ def _launch(plan: DecodePlan, seg_lens_LSK: Tensor, head_begin_LSK: Tensor, segm
         **plan_constants_of(plan.config),
         SHARED=plan.shared,
         HAS_BIG=plan.has_big,
+        LANES=plan.lanes,
         DEPENDENT=plan.config.dependent_launch,
         CHUNK=min(_CHUNK, triton.next_power_of_2(num_entries * plan.num_kv_heads)),
         num_warps=4,

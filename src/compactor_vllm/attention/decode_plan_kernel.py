@@ -94,6 +94,7 @@ def plan_kernel(
     BIG_MIN_SHARE: tl.constexpr,
     SHARED: tl.constexpr,
     HAS_BIG: tl.constexpr,
+    LANES: tl.constexpr,
     DEPENDENT: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -138,9 +139,11 @@ def plan_kernel(
                 plan_ptr, num_x, big, x, length, begin, users * GROUP, units, big_items, big_cost, big_rows, True
             )
     share = tl.maximum(tl.cdiv(cost, small_programs), SMALL_MIN_SHARE)
-    lanes = tl.where((left_2 == 0) & (big_programs >= 2), 2, 1)
-    lanes = tl.where((left_3 == 0) & (big_programs >= 3), 3, lanes)
-    lanes = tl.where((left_4 == 0) & (big_programs >= 4), 4, lanes)
+    lanes = 1
+    if LANES:
+        lanes = tl.where((left_2 == 0) & (big_programs >= 2), 2, 1)
+        lanes = tl.where((left_3 == 0) & (big_programs >= 3), 3, lanes)
+        lanes = tl.where((left_4 == 0) & (big_programs >= 4), 4, lanes)
     big_cost = big_cost // lanes
     big_share = tl.maximum(tl.cdiv(big_cost, big_programs // lanes), BIG_MIN_SHARE)
     big_row = rows + small_programs * SMALL_M

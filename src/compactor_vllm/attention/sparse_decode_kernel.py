@@ -82,6 +82,7 @@ def decode_attention(
             num_heads=q_BHD.shape[1],
             head_dim=q_BHD.shape[2],
             dtype=q_BHD.dtype,
+            page_size=cache.page_size,
         )
         layer = 0
     words = plan.words_LW[layer]
@@ -154,6 +155,7 @@ def _attend(
         BIG=big,
         SHARED=plan.shared,
         ALONE=plan.alone,
+        LANES=big and plan.lanes,
         DEPENDENT=plan.config.dependent_launch,
         # Triton's interpreter has no bfloat16 products.
         UPCAST=q_BHD.dtype == torch.bfloat16 and not q_BHD.is_cuda,
@@ -251,6 +253,7 @@ def aot_signatures(
         by 16 in practice.
     """
     constants = {"EXTRA": 1, "KV_HEADS": 8, "GROUP": 4, "SEGMENTS": 8, "SHARED": True, "HAS_BIG": True}
+    constants["LANES"] = True
     config = default_decode_config(capability, torch.bfloat16, 128)
     yield _aot(group_entries_kernel, {"SEGMENTS": 8, "BLOCK": 32, "CHUNK": 128}, {}, 4, 1, "group entries")
     plan_constants = {**constants, **plan_constants_of(config), "DEPENDENT": config.dependent_launch, "CHUNK": 1024}
@@ -269,6 +272,7 @@ def aot_signatures(
                     "BIG": tiles is config.big,
                     "SHARED": segments > 1,
                     "ALONE": segments == 1,
+                    "LANES": False,  # where there are lanes, another kernel works on them
                     "DEPENDENT": config.dependent_launch,
                     "UPCAST": False,
                 }

@@ -171,6 +171,7 @@ class DecodeStep:
                 dtype=self.cache.dtype,
                 extra=1,
                 max_sharing=None if several else 1,
+                page_size=self.cache.page_size,
             )
         }
 
