@@ -164,11 +164,13 @@ def test_a_question_does_wait_where_the_context_could_make_way(small, wanted):
 def test_the_memory_plan_runs_a_question_behind_a_context(small):
     """So that its kernels are compiled before the first one comes; on a GPU, where the plan is measured."""
     engine = small(60)._engine
+    free = engine.manager.pages.num_free
     context = engine.manager.empty_segment(1)
     context.num_tokens = 2000
     _prefill(engine.runner, engine.sizes, [20], 20, None, (context,))
     engine.manager.check_integrity([context])
     engine.manager.free(context)
+    assert engine.manager.pages.num_free == free
 
 
 def test_settings_are_checked():

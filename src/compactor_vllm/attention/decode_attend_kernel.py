@@ -106,9 +106,9 @@ def attend_kernel(
             place = tl.load(entries_ptr + ENTRY_PLACE * num_entries + entry)
         units = tl.cdiv(length, UNIT)
         item_begin = cost // lanes
-        round = (position - item_begin) // (units + OVERHEAD)
-        zero = item_begin + round * (units + OVERHEAD) + OVERHEAD
-        row_tile = round * lanes + program % lanes if LANES else round
+        turn = (position - item_begin) // (units + OVERHEAD)
+        zero = item_begin + turn * (units + OVERHEAD) + OVERHEAD
+        row_tile = turn * lanes + program % lanes if LANES else turn
         first_unit = tl.maximum(position - zero, 0)
         last_unit = tl.minimum(last - zero, units)
         row = tl.arange(0, BLOCK_M)

@@ -98,9 +98,9 @@ def _piece(
     users = gl.load(entries + ENTRY_USERS * num_entries + pair // KV_HEADS)
     place = gl.load(entries + ENTRY_PLACE * num_entries + pair // KV_HEADS)
     units = (length + KEYS - 1) // KEYS
-    round = (position - cost) // (units + OVERHEAD)
-    zero = cost + round * (units + OVERHEAD) + OVERHEAD
-    row_tile = round * lanes + gl.program_id(0) % lanes
+    turn = (position - cost) // (units + OVERHEAD)
+    zero = cost + turn * (units + OVERHEAD) + OVERHEAD
+    row_tile = turn * lanes + gl.program_id(0) % lanes
     first = gl.maximum(position - zero, 0)
     end = gl.minimum(last - zero, units)
     tokens = (gl.load(at + ITEM_BEGIN * num_x), length)

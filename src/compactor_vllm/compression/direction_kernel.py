@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compactor_vllm.compression.kernel_blocks import WHOLE, block_tokens, blocks_before, locate_block, max_blocks
+from compactor_vllm.compression.kernel_blocks import WHOLE, blocks_before, max_blocks, tokens_of
+from compactor_vllm.compression.leverage_math import load_keys
 from compactor_vllm.compression.reference import COSINE_STEPS
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_tensor
@@ -64,25 +65,11 @@ def direction_scores(k_TKD: Tensor, cu_seqlens_B1: Tensor, *, chunk: int | None)
 
 
 @triton.jit
-def _tokens_of(index, cu_seqlens_ptr, num_seqs, unit, BLOCK: tl.constexpr):
-    """Sequence of a block, the block's number in it, and its tokens [begin, end)."""
-    sequence, first_block = locate_block(index, cu_seqlens_ptr, num_seqs, unit, BLOCK)
-    live = sequence < num_seqs
-    first_token = tl.load(cu_seqlens_ptr + sequence, mask=live, other=0)
-    length = tl.load(cu_seqlens_ptr + sequence + 1, mask=live, other=0) - first_token
-    begin, end = block_tokens(index - first_block, first_token, length, unit, BLOCK)
-    return sequence, index - first_block, begin, end
-
-
-@triton.jit
 def _unit_keys(
-    k_ptr, token, end, head, NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr
-):  # fmt: skip
-    """Keys of some tokens divided by their lengths, float32 [tokens, DIM_PADDED]; zeros beyond `end`."""
-    dims = tl.arange(0, DIM_PADDED)
-    row = token.to(tl.int64) * NUM_KV_HEADS + head
-    mask = (token < end)[:, None] & (dims < DIM)[None, :]
-    k = tl.load(k_ptr + row[:, None] * DIM + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+    k_ptr, begin, end, head, NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, ROWS: tl.constexpr
+):
+    """Keys of tokens begin.. divided by their lengths, float32 [ROWS, DIM_PADDED]; zeros beyond `end`."""
+    k = load_keys(k_ptr, begin, end, head, NUM_KV_HEADS, DIM, DIM_PADDED, ROWS).to(tl.float32)
     return k / tl.maximum(tl.sqrt(tl.sum(k * k, 1)), 1e-12)[:, None]
 
 
@@ -94,11 +81,11 @@ def _sums_kernel(
     """Sum of the unit keys of a block."""
     index = tl.program_id(0) // NUM_KV_HEADS
     head = tl.program_id(0) % NUM_KV_HEADS
-    sequence, _, begin, end = _tokens_of(index, cu_seqlens_ptr, num_seqs, unit, BLOCK)
+    sequence, _, begin, end = tokens_of(index, cu_seqlens_ptr, num_seqs, unit, BLOCK)
     if sequence < num_seqs:
         total = tl.zeros((DIM_PADDED,), tl.float32)
         for start in range(begin, end, ROWS):
-            k = _unit_keys(k_ptr, start + tl.arange(0, ROWS), end, head, NUM_KV_HEADS, DIM, DIM_PADDED)
+            k = _unit_keys(k_ptr, start, end, head, NUM_KV_HEADS, DIM, DIM_PADDED, ROWS)
             total += tl.sum(k, 0)
         target = sums_ptr + (index.to(tl.int64) * NUM_KV_HEADS + head) * DIM_PADDED
         tl.store(target + tl.arange(0, DIM_PADDED), total)
@@ -112,7 +99,7 @@ def _anchors_kernel(
     """Direction of a chunk's mean unit key."""
     index = tl.program_id(0) // NUM_KV_HEADS
     head = tl.program_id(0) % NUM_KV_HEADS
-    sequence, number, begin, end = _tokens_of(index, cu_seqlens_ptr, num_seqs, unit, 1 << 30)
+    sequence, number, begin, end = tokens_of(index, cu_seqlens_ptr, num_seqs, unit, 1 << 30)
     if sequence < num_seqs:
         first = blocks_before(sequence, cu_seqlens_ptr, unit, BLOCK) + number * ((unit + BLOCK - 1) // BLOCK)
         blocks = (end - begin + BLOCK - 1) // BLOCK
@@ -136,14 +123,14 @@ def _cosines_kernel(
     """Minus the cosine of each key of a block with its chunk's anchor."""
     index = tl.program_id(0) // NUM_KV_HEADS
     head = tl.program_id(0) % NUM_KV_HEADS
-    sequence, number, begin, end = _tokens_of(index, cu_seqlens_ptr, num_seqs, unit, BLOCK)
+    sequence, number, begin, end = tokens_of(index, cu_seqlens_ptr, num_seqs, unit, BLOCK)
     if sequence < num_seqs:
         chunk = blocks_before(sequence, cu_seqlens_ptr, unit, 1 << 30) + number // ((unit + BLOCK - 1) // BLOCK)
         dims = tl.arange(0, DIM_PADDED)
         anchor = tl.load(anchors_ptr + (chunk.to(tl.int64) * NUM_KV_HEADS + head) * DIM_PADDED + dims)
         for start in range(begin, end, ROWS):
             token = start + tl.arange(0, ROWS)
-            k = _unit_keys(k_ptr, token, end, head, NUM_KV_HEADS, DIM, DIM_PADDED)
+            k = _unit_keys(k_ptr, start, end, head, NUM_KV_HEADS, DIM, DIM_PADDED, ROWS)
             place = out_ptr + token.to(tl.int64) * NUM_KV_HEADS + head
             cosine = tl.sum(k * anchor[None, :], 1)
             tl.store(place, tl.floor(0.5 - cosine * STEPS) / STEPS, mask=token < end)

@@ -80,3 +80,14 @@ def block_tokens(block, first_token, length, unit, BLOCK: tl.constexpr):
     begin = tl.minimum(unit_begin + (block % per_unit) * BLOCK, length)
     end = tl.minimum(tl.minimum(begin + BLOCK, unit_begin + unit), length)
     return first_token + begin, first_token + tl.maximum(begin, end)
+
+
+@triton.jit
+def tokens_of(index, cu_seqlens_ptr, num_seqs, unit, BLOCK: tl.constexpr):
+    """Sequence of a block, the block's number in it, and its tokens [begin, end)."""
+    sequence, first_block = locate_block(index, cu_seqlens_ptr, num_seqs, unit, BLOCK)
+    live = sequence < num_seqs
+    first_token = tl.load(cu_seqlens_ptr + sequence, mask=live, other=0)
+    length = tl.load(cu_seqlens_ptr + sequence + 1, mask=live, other=0) - first_token
+    begin, end = block_tokens(index - first_block, first_token, length, unit, BLOCK)
+    return sequence, index - first_block, begin, end

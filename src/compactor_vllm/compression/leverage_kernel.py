@@ -24,11 +24,10 @@ from torch import Tensor
 
 from compactor_vllm.compression.kernel_blocks import (
     WHOLE,
-    block_tokens,
     blocks_before,
     capability_of,
-    locate_block,
     max_blocks,
+    tokens_of,
 )
 from compactor_vllm.compression.leverage_math import chunk_moments, store_leverage, whitening
 from compactor_vllm.errors import InvalidInputError
@@ -183,11 +182,8 @@ def _leverage_kernel(
     """One program a (chunk, head)."""
     index = tl.program_id(0) // NUM_KV_HEADS
     head = tl.program_id(0) % NUM_KV_HEADS
-    sequence, first_unit = locate_block(index, cu_seqlens_ptr, num_seqs, unit, 1 << 30)
+    sequence, _, begin, end = tokens_of(index, cu_seqlens_ptr, num_seqs, unit, 1 << 30)
     if sequence < num_seqs:
-        first_token = tl.load(cu_seqlens_ptr + sequence)
-        length = tl.load(cu_seqlens_ptr + sequence + 1) - first_token
-        begin, end = block_tokens(index - first_unit, first_token, length, unit, 1 << 30)
         mean, gram = chunk_moments(
             k_ptr, phi_ptr, begin, end, head, NUM_KV_HEADS, DIM, DIM_PADDED, COLUMNS, PADDED, KEY_TERMS, PHI_TERMS, ROWS
         )
@@ -216,11 +212,8 @@ def _moments_kernel(
     """Mean and centred Gram matrix of the sketch of one block of tokens."""
     index = tl.program_id(0) // NUM_KV_HEADS
     head = tl.program_id(0) % NUM_KV_HEADS
-    sequence, first_block = locate_block(index, cu_seqlens_ptr, num_seqs, unit, BLOCK)
+    sequence, _, begin, end = tokens_of(index, cu_seqlens_ptr, num_seqs, unit, BLOCK)
     if sequence < num_seqs:
-        first_token = tl.load(cu_seqlens_ptr + sequence)
-        length = tl.load(cu_seqlens_ptr + sequence + 1) - first_token
-        begin, end = block_tokens(index - first_block, first_token, length, unit, BLOCK)
         mean, gram = chunk_moments(
             k_ptr, phi_ptr, begin, end, head, NUM_KV_HEADS, DIM, DIM_PADDED, COLUMNS, PADDED, KEY_TERMS, PHI_TERMS, ROWS
         )
@@ -237,13 +230,10 @@ def _merge_kernel(
     """Merges a chunk's blocks, μ = Σ n_i μ_i / n and G = Σ (G_i + n_i (μ_i - μ)(μ_i - μ)ᵀ): SLICE rows of G."""
     index = tl.program_id(0) // NUM_KV_HEADS
     head = tl.program_id(0) % NUM_KV_HEADS
-    sequence, first_unit = locate_block(index, cu_seqlens_ptr, num_seqs, unit, 1 << 30)
+    sequence, number, begin, end = tokens_of(index, cu_seqlens_ptr, num_seqs, unit, 1 << 30)
     if sequence < num_seqs:
-        first_token = tl.load(cu_seqlens_ptr + sequence)
-        length = tl.load(cu_seqlens_ptr + sequence + 1) - first_token
-        begin, end = block_tokens(index - first_unit, first_token, length, unit, 1 << 30)
         per_unit = (unit + BLOCK - 1) // BLOCK
-        first = blocks_before(sequence, cu_seqlens_ptr, unit, BLOCK) + (index - first_unit) * per_unit
+        first = blocks_before(sequence, cu_seqlens_ptr, unit, BLOCK) + number * per_unit
         blocks = (end - begin + BLOCK - 1) // BLOCK
         lane, row = tl.arange(0, PADDED), tl.program_id(1) * SLICE + tl.arange(0, SLICE)
         size = (PADDED + 1) * PADDED
@@ -279,11 +269,8 @@ def _factor_kernel(
     """Puts a chunk's whitener in the place of its Gram matrix."""
     index = tl.program_id(0) // NUM_KV_HEADS
     head = tl.program_id(0) % NUM_KV_HEADS
-    sequence, first_unit = locate_block(index, cu_seqlens_ptr, num_seqs, unit, 1 << 30)
+    sequence, _, begin, end = tokens_of(index, cu_seqlens_ptr, num_seqs, unit, 1 << 30)
     if sequence < num_seqs:
-        first_token = tl.load(cu_seqlens_ptr + sequence)
-        length = tl.load(cu_seqlens_ptr + sequence + 1) - first_token
-        begin, end = block_tokens(index - first_unit, first_token, length, unit, 1 << 30)
         matrix, vector = _matrix_pointers(factors_ptr, index, head, NUM_KV_HEADS, PADDED)
         tl.store(matrix, whitening(tl.load(matrix), tl.load(vector), end - begin, ridge, COLUMNS, PADDED))
 
@@ -298,12 +285,9 @@ def _apply_kernel(
     """Leverage of one block of tokens."""
     index = tl.program_id(0) // NUM_KV_HEADS
     head = tl.program_id(0) % NUM_KV_HEADS
-    sequence, first_block = locate_block(index, cu_seqlens_ptr, num_seqs, unit, BLOCK)
+    sequence, number, begin, end = tokens_of(index, cu_seqlens_ptr, num_seqs, unit, BLOCK)
     if sequence < num_seqs:
-        first_token = tl.load(cu_seqlens_ptr + sequence)
-        length = tl.load(cu_seqlens_ptr + sequence + 1) - first_token
-        begin, end = block_tokens(index - first_block, first_token, length, unit, BLOCK)
-        in_unit = (index - first_block) // ((unit + BLOCK - 1) // BLOCK)
+        in_unit = number // ((unit + BLOCK - 1) // BLOCK)
         factor = blocks_before(sequence, cu_seqlens_ptr, unit, 1 << 30) + in_unit
         matrix, vector = _matrix_pointers(factors_ptr, factor, head, NUM_KV_HEADS, PADDED)
         store_leverage(

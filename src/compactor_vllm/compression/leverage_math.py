@@ -45,7 +45,7 @@ def _load_sketch(phi_ptr, term, DIM_PADDED: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
-def _load_keys(
+def load_keys(
     k_ptr, begin, end, head, NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, ROWS: tl.constexpr
 ):
     """Keys [ROWS, DIM_PADDED] of tokens begin.. of a head; zeros beyond `end`."""
@@ -80,7 +80,7 @@ def _first_mean(
     PHI_TERMS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Sketch [PADDED] of the mean of the first rows."""
-    k = _load_keys(k_ptr, begin, end, head, NUM_KV_HEADS, DIM, DIM_PADDED, ROWS).to(tl.float32)
+    k = load_keys(k_ptr, begin, end, head, NUM_KV_HEADS, DIM, DIM_PADDED, ROWS).to(tl.float32)
     mean = tl.sum(k, 0) / tl.maximum(tl.minimum(end - begin, ROWS), 1).to(tl.float32)
     sketch = tl.zeros((PADDED,), tl.float32)
     for i in tl.static_range(PHI_TERMS):
@@ -105,7 +105,7 @@ def chunk_moments(
     shift = _first_mean(k_ptr, phi_ptr, begin, end, head, NUM_KV_HEADS, DIM, DIM_PADDED, PADDED, PHI_TERMS, ROWS)
     half = tl.zeros((PADDED, PADDED), tl.float32)
     for start in range(begin, end, ROWS):
-        k = _load_keys(k_ptr, start, end, head, NUM_KV_HEADS, DIM, DIM_PADDED, ROWS)
+        k = load_keys(k_ptr, start, end, head, NUM_KV_HEADS, DIM, DIM_PADDED, ROWS)
         x = _sketch(k, phi_ptr, DIM_PADDED, PADDED, KEY_TERMS, PHI_TERMS)
         x = tl.where((column == COLUMNS)[:, None], 1.0, x - shift[:, None])
         x = tl.where((start + tl.arange(0, ROWS) < end)[None, :], x, 0.0)
@@ -189,7 +189,7 @@ def store_leverage(
                 projection = tl.dot(low, phi, projection)
     offset = tl.sum(whitener * mean[None, :], 1)
     for start in range(begin, end, ROWS):
-        k = _load_keys(k_ptr, start, end, head, NUM_KV_HEADS, DIM, DIM_PADDED, ROWS)
+        k = load_keys(k_ptr, start, end, head, NUM_KV_HEADS, DIM, DIM_PADDED, ROWS)
         z = tl.zeros((PADDED, ROWS), tl.float32)
         if PROJECT:
             z = _dot_keys(projection, k, z, KEY_TERMS, TERM) - offset[:, None]

@@ -242,7 +242,8 @@ def _histogram_kernel(
         )  # fmt: skip
         target = histograms_ptr + (DIGIT * groups + group).to(tl.int64) * BINS
         if DIGIT > 0:
-            # Few pairs are left, and their digits are spread: each is counted by itself.
+            # Few pairs are left, and their digits are spread: each is counted by itself. (Equal scores all meet in one
+            # counter, which is right but slow.)
             limit, need = find_limit(histograms_ptr, limits_ptr, groups, group, need, DIGIT)
             if tl.program_id(0) == first_block:
                 record_limit(limits_ptr, groups, group, limit, need, DIGIT)
