@@ -15,13 +15,15 @@ whose heads keep very different numbers of tokens (`engine_skewed`). Samples of 
 the file is written after each one; rows that it has already stay until they are measured again (`--fresh` drops
 them). `--scale 0.25` runs a quarter of the requests, `--length-scale` shortens prompts and outputs; `--only none
 "compactor 0.5"` picks rows; `--read FILE ...` takes in rows of other files (with no workload named: only prints and
-plots them). Peers run first, each workload in a process of its own; `--vllm-path` and
-`--kvpress-path` name folders that are put in front of their PYTHONPATH alone. Needs no network and no checkpoint.
+plots them, and with `--out` writes them into one file there). Peers run first, in processes of their own, one for all
+workloads that can share an engine; `--vllm-path` and `--kvpress-path` name folders that are put in front of their
+PYTHONPATH alone. Needs no network and no checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import math
@@ -31,14 +33,15 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from benchmarks.engine_measures import RUNNING_TOKENS, Sample
-from benchmarks.engine_peers import Job
-from benchmarks.engine_report import Results, Row, plot, read_rows, speedup, table
+from benchmarks.engine_peers import Job, Work, stopped
+from benchmarks.engine_report import Results, Row, label, plot, read_rows, speedup, table
 from benchmarks.engine_workloads import WORKLOADS, Case, Workload
 from compactor_vllm import LLM, LLMConfig
 
@@ -48,6 +51,8 @@ PEER_WORKLOADS = {
     "kvpress": ("prefill", "decode"),
 }
 CPU_POOL_BYTES = 2**28
+POLL_S = 2.0
+"""How often the results of a running peer are looked at."""
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -70,7 +75,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--kvpress", action="store_true", help="measure transformers and kvpress first")
     parser.add_argument("--kvpress-path", help="folder with kvpress and the transformers that it wants")
     parser.add_argument("--peers-only", action="store_true", help="leave this engine out")
-    parser.add_argument("--read", nargs="+", default=[], metavar="FILE", help="take in rows of earlier runs")
+    parser.add_argument(
+        "--read", nargs="+", default=[], metavar="FILE", help="take in rows of other files, the last one's win"
+    )
     parser.add_argument("--fresh", action="store_true", help="drop the rows that the result file has already")
     parser.add_argument("--plot", metavar="FILE", help="tokens/s and KV bytes over retention (needs matplotlib)")
     parser.add_argument("--out", help="folder of the results; default $OUT, else benchmarks/results")
@@ -240,50 +247,116 @@ def measure_peers(works: list[Workload], options: argparse.Namespace, shape: Sha
     peers = [("vllm", dtype) for dtype in options.kv_cache_dtype] if options.vllm else []
     peers += [("kvpress", "auto")] if options.kvpress else []
     for peer, dtype in peers:
-        for work in works:
-            if work.name in PEER_WORKLOADS[peer]:
-                measure_peer(peer, dtype, work, options, shape, results)
+        for group in sharing(peer, works):
+            while group:
+                group = measure_peer(peer_job(peer, dtype, group, options, shape), group, options, shape, results)
+
+
+def sharing(peer: str, works: list[Workload]) -> list[list[Workload]]:
+    """A peer's workloads in groups that one engine can run: vLLM's differ in the number of sequences alone."""
+    groups: dict[int, list[Workload]] = {}
+    for work in works:
+        if work.name in PEER_WORKLOADS[peer]:
+            groups.setdefault(work.max_num_seqs if peer == "vllm" else 0, []).append(work)
+    return list(groups.values())
+
+
+def peer_job(peer: str, dtype: str, works: list[Workload], options: argparse.Namespace, shape: Shape) -> Job:
+    """What a peer's process is told, but for the file of its results."""
+    fields = ("name", "metric", "requests", "prompt_tokens", "new_tokens")
+    return Job(
+        peer=peer,
+        works=tuple(
+            Work(**{name: getattr(work, name) for name in fields}, repeats=options.repeats or work.repeats)
+            for work in works
+        ),
+        model=str(shape.folder.resolve()),
+        vocab=shape.config["vocab_size"],
+        device=options.device,
+        kv_cache_dtype=dtype,
+        memory_utilization=options.memory_utilization,
+        max_num_seqs=works[0].max_num_seqs,
+        out="",
+    )
 
 
 def measure_peer(
-    peer: str, kv_cache_dtype: str, work: Workload, options: argparse.Namespace, shape: Shape, results: Results
-) -> None:
-    """A workload of a peer, in a process of its own."""
+    job: Job, works: list[Workload], options: argparse.Namespace, shape: Shape, results: Results
+) -> list[Workload]:
+    """A job of a peer, in a process of its own. Rows are put as they change: a run that is cut short keeps them.
+
+    Returns the workloads that another process has to measure, because this one died at an earlier one.
+    """
+    extra = options.vllm_path if job.peer == "vllm" else options.kvpress_path
+    path = os.pathsep.join(filter(None, [extra, str(ROOT), os.environ.get("PYTHONPATH")]))
+    bases = {work.name: (work, base_row(work, options, shape)) for work in works}
+    taken: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        job = Job(
-            peer=peer,
-            workload=work.name,
-            model=str(shape.folder.resolve()),
-            metric=work.metric,
-            requests=work.requests,
-            prompt_tokens=work.prompt_tokens,
-            new_tokens=work.new_tokens,
-            max_num_seqs=work.max_num_seqs,
-            repeats=options.repeats or work.repeats,
-            vocab=shape.config["vocab_size"],
-            device=options.device,
-            kv_cache_dtype=kv_cache_dtype,
-            memory_utilization=options.memory_utilization,
-            out=str(Path(folder) / "entries.json"),
-        )
-        extra = options.vllm_path if peer == "vllm" else options.kvpress_path
-        path = os.pathsep.join(filter(None, [extra, str(ROOT), os.environ.get("PYTHONPATH")]))
-        command = [sys.executable, "-m", "benchmarks.engine_peers", json.dumps(asdict(job))]
-        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False)
-        entries = json.loads(Path(job.out).read_text()) if Path(job.out).exists() else []
-    if done.returncode and not any("error" in entry for entry in entries):
-        entries.append({"engine": peer, "method": "none", "retention": 1.0, "error": f"exit code {done.returncode}"})
-    for entry in entries:
-        row = {**base_row(work, options, shape), "skewed": False, **entry}
-        if peer == "vllm":
-            row["kv_cache_dtype"] = kv_cache_dtype
-        if row.get("samples"):
-            row["value"] = statistics.median(row["samples"])
-            row["tokens_per_second"] = work.tokens_per_second(row["value"])
-        results.put(row)
+        job = replace(job, out=str(Path(folder) / "entries.json"))
+        command = [sys.executable, "-m", "benchmarks.engine_peers", job.to_json()]
+        for entries in watched(command, {**os.environ, "PYTHONPATH": path}, job):
+            for entry in entries:
+                if entry not in taken and (entry.get("samples") or {"error", "skipped"} & set(entry)):
+                    put_peer(entry, job, *bases[entry["workload"]], results)
+            taken = entries
+    begun = {entry["workload"] for entry in taken}
+    return [work for work in works if work.name not in begun]
+
+
+def watched(command: list[str], env: dict[str, str], job: Job) -> Iterator[list[Row]]:
+    """The entries of a job time and again while its process runs, and once more if it dies, with the error."""
+    file, code = Path(job.out), None
+    with subprocess.Popen(command, env=env) as process:
+        try:
+            while code is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    code = process.wait(POLL_S)
+                entries = json.loads(file.read_text()) if file.exists() else []
+                yield entries
+        finally:
+            process.kill()
+    if code:
+        yield entries + stopped(job, entries, f"exit code {code}")
+
+
+def put_peer(entry: Row, job: Job, work: Workload, base: Row, results: Results) -> None:
+    """Makes a row of an entry, and puts it."""
+    row = {**base, "skewed": False, **entry}
+    if job.peer == "vllm":
+        row["kv_cache_dtype"] = job.kv_cache_dtype
+    if row.get("samples"):
+        row["value"] = statistics.median(row["samples"])
+        row["tokens_per_second"] = work.tokens_per_second(row["value"])
+    results.put(row)
+    said = row.get("error") or row.get("skipped") or f"{row['samples'][-1]:,.3f} {work.metric}"
+    print(f"{work.name:10s} {label(row):24s} {said}", flush=True)
 
 
 # ---- the command -------------------------------------------------------------------------------------------------
+
+
+def merge(files: list[str], folder: str, fresh: bool) -> list[Row]:
+    """Writes the rows of result files, of runs on one kind of device, into the result file of a folder.
+
+    The file is headed by the latest run. Rows that it has already stay, unless `fresh`, where no named file measured
+    the same. The device is the files', not this machine's.
+    """
+    devices = sorted({row["device"] for row in read_rows(files)})
+    if len(devices) != 1:
+        raise SystemExit(f"rows of {', '.join(devices) or 'no device'} do not make one file")
+    name = devices[0].lower().replace("nvidia", "").strip().replace(" ", "-")  # as `Results` names it
+    target = Path(folder) / f"engine-{name}.json"
+    if target.exists() and not fresh:
+        files = [str(target), *files]
+    heads = sorted((json.loads(Path(file).read_text()) for file in files), key=lambda head: head["run"])
+    engines = {name: engine for head in heads for name, engine in head["engines"].items()}
+    rows = read_rows(files)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_suffix(".partial")
+    partial.write_text(json.dumps({**heads[-1], "engines": engines, "rows": rows}, indent=1) + "\n")
+    partial.replace(target)
+    print(f"wrote {target}")
+    return rows
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -303,6 +376,8 @@ def main(argv: list[str] | None = None) -> int:
         engines.close()
         rows, failed = results.rows, results.failed
         print(f"wrote {results.path}")
+    elif options.out:
+        rows = merge(options.read, options.out, options.fresh)
     print("\n\n".join(filter(None, (table(name, rows) for name in WORKLOADS if name not in printed))))
     if options.plot:
         plot(rows, options.plot)

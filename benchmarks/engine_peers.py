@@ -2,7 +2,8 @@
 
     python -m benchmarks.engine_peers JOB
 
-JOB is a JSON object (see `Job`); `engine.py` writes it. Results are written to the job's file after every sample.
+JOB is a JSON object (see `Job`); `engine.py` writes it. The peer starts once and measures all workloads of the job;
+one that fails does not keep the next from running. Results are written to the job's file after every sample.
 Nothing of this project's engine is imported: the peers may bring a transformers of their own.
 """
 
@@ -14,11 +15,11 @@ import os
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Job", "main", "random_prompts", "run"]
+__all__ = ["Job", "Work", "main", "random_prompts", "run", "stopped"]
 
 KVPRESS_CASES = (("none", 1.0), ("compactor", 0.5), ("compactor", 0.25), ("snapkv", 0.5))
 SHORT, LONG = 128, 640
@@ -27,37 +28,52 @@ TIMED_STEPS = 48
 
 
 @dataclass(frozen=True)
-class Job:
-    """What to measure.
+class Work:
+    """A workload; its name decides how a value is computed, its metric is "tok/s", "ms/step" or "s"."""
 
-    Attributes:
-        peer: "vllm" or "kvpress".
-        workload: its name; decides how a value is computed.
-        model: folder with a config.json; weights are random.
-        metric: "tok/s", "ms/step" or "s".
-        out: file of the results, a list of {"method", "retention", "engine", "samples", ...}.
-    """
-
-    peer: str
-    workload: str
-    model: str
+    name: str
     metric: str
     requests: int
     prompt_tokens: int
     new_tokens: int
-    max_num_seqs: int
     repeats: int
-    vocab: int
-    device: str
-    kv_cache_dtype: str
-    memory_utilization: float
-    out: str
 
     def value(self, seconds: float) -> float:
         """Value of the metric of a run of all requests. Prefill counts only what goes in."""
         if self.metric != "tok/s":
             return seconds
-        return self.requests * (self.prompt_tokens + (0 if self.workload == "prefill" else self.new_tokens)) / seconds
+        return self.requests * (self.prompt_tokens + (0 if self.name == "prefill" else self.new_tokens)) / seconds
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one engine is made of, and what it measures.
+
+    Attributes:
+        peer: "vllm" or "kvpress".
+        works: measured one after another.
+        model: folder with a config.json; weights are random.
+        max_num_seqs: of vLLM.
+        out: file of the results, a list of {"workload", "engine", "method", "retention", "samples", ...}.
+    """
+
+    peer: str
+    works: tuple[Work, ...]
+    model: str
+    vocab: int
+    device: str
+    kv_cache_dtype: str
+    memory_utilization: float
+    max_num_seqs: int
+    out: str
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Job:
+        fields = json.loads(text)
+        return cls(**{**fields, "works": tuple(Work(**work) for work in fields["works"])})
 
 
 class Output:
@@ -66,8 +82,9 @@ class Output:
     def __init__(self, file: str):
         self.file, self.entries = Path(file), []  # type: Path, list[dict[str, Any]]
 
-    def entry(self, **fields: Any) -> dict[str, Any]:
-        self.entries.append({"samples": [], **fields})
+    def entry(self, work: Work, **fields: Any) -> dict[str, Any]:
+        self.entries.append({"workload": work.name, "samples": [], **fields})
+        self.write()  # should the process die, its last entry says where
         return self.entries[-1]
 
     def add(self, entry: dict[str, Any], value: float, **fields: Any) -> None:
@@ -75,8 +92,29 @@ class Output:
         entry.update(fields)
         self.write()
 
+    def note(self, peer: str, work: Work, field: str, text: str) -> None:
+        """Says in the workload's last entry why it goes no further; it gets one if it has none."""
+        mine = [entry for entry in self.entries if entry["workload"] == work.name]
+        entry = mine[-1] if mine else self.entry(work, engine=peer, method="none", retention=1.0)
+        entry[field] = text
+        self.write()
+
     def write(self) -> None:
-        self.file.write_text(json.dumps(self.entries))
+        partial = self.file.with_suffix(".partial")  # the file is read while it grows
+        partial.write_text(json.dumps(self.entries))
+        partial.replace(self.file)
+
+
+def stopped(job: Job, entries: list[dict[str, Any]], error: str) -> list[dict[str, Any]]:
+    """What the entries of a job lack whose process has died: the error of the workload that it was at, or of all if it
+    had come to none."""
+    blank = {"engine": job.peer, "method": "none", "retention": 1.0, "error": error}
+    if not entries:
+        return [{"workload": work.name, **blank} for work in job.works]
+    last = entries[-1]
+    repeats = next(work.repeats for work in job.works if work.name == last["workload"])
+    done = {"error", "skipped"} & set(last) or len(last["samples"]) >= repeats
+    return [] if done else [{**last, "error": error}]
 
 
 def random_prompts(count: int, tokens: int, seed: int, vocab: int) -> list[list[int]]:
@@ -91,95 +129,123 @@ def random_prompts(count: int, tokens: int, seed: int, vocab: int) -> list[list[
 # ---- vLLM --------------------------------------------------------------------------------------------------------
 
 
-def run_vllm(job: Job, output: Output) -> None:
+class VLLM:
     """vLLM as it comes: compiled, CUDA graphs, chunked prefill, engine in this process, no prefix cache."""
-    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    import vllm
 
-    llm = vllm.LLM(
-        model=job.model,
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        dtype="bfloat16",
-        max_model_len=40_960,
-        gpu_memory_utilization=job.memory_utilization,
-        kv_cache_dtype=job.kv_cache_dtype,
-        enable_prefix_caching=False,
-        disable_cascade_attn=True,
-        max_num_seqs=job.max_num_seqs,
-    )
-    entry = output.entry(engine="vllm", method="none", retention=1.0)
-    entry["versions"] = {"vllm": vllm.__version__}
-    vllm_seconds(llm, job, min(4, job.requests), min(2048, job.prompt_tokens), 8, 900)
-    vllm_seconds(llm, job, 1, job.prompt_tokens, 8, 901)
-    for repeat in range(job.repeats):
-        if job.metric == "ms/step":
-            value = vllm_step(llm, job, repeat)
-            fields: dict[str, float] = {"timed_steps": LONG - SHORT}
-        else:
-            seconds = vllm_seconds(llm, job, job.requests, job.prompt_tokens, job.new_tokens, repeat)
-            value, fields = job.value(seconds), {"seconds": seconds}
-        output.add(entry, value, **fields)
+    def __init__(self, job: Job):
+        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        import vllm
 
+        self.job, self.versions = job, {"vllm": vllm.__version__}
+        self.warm: set[int] = set()  # lengths of the prompts that have run
+        self.llm = vllm.LLM(
+            model=job.model,
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            dtype="bfloat16",
+            max_model_len=40_960,
+            gpu_memory_utilization=job.memory_utilization,
+            kv_cache_dtype=job.kv_cache_dtype,
+            enable_prefix_caching=False,
+            disable_cascade_attn=True,
+            max_num_seqs=job.max_num_seqs,
+        )
 
-def vllm_seconds(llm: Any, job: Job, count: int, tokens: int, new_tokens: int, seed: int) -> float:
-    """Seconds to generate exactly `new_tokens` tokens for every prompt."""
-    import torch
-    from vllm import SamplingParams, TokensPrompt
+    def measure(self, work: Work, output: Output) -> None:
+        """All samples of a workload."""
+        entry = output.entry(work, engine="vllm", method="none", retention=1.0, versions=self.versions)
+        self._drain()
+        self._warm_up(work)
+        for repeat in range(work.repeats):
+            if work.metric == "ms/step":
+                value = self._step_ms(work, repeat)
+                fields: dict[str, float] = {"timed_steps": LONG - SHORT}
+            else:
+                seconds = self._seconds(work.requests, work.prompt_tokens, work.new_tokens, repeat)
+                value, fields = work.value(seconds), {"seconds": seconds}
+            output.add(entry, value, **fields)
 
-    params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
-    batch = [TokensPrompt(prompt_token_ids=ids) for ids in random_prompts(count, tokens, seed, job.vocab)]
-    _synchronize(torch, job.device)
-    begin = time.perf_counter()
-    answers = llm.generate(batch, params, use_tqdm=False)
-    _synchronize(torch, job.device)
-    seconds = time.perf_counter() - begin
-    if any(len(answer.outputs[0].token_ids) != new_tokens for answer in answers):
-        raise RuntimeError("vLLM generated fewer tokens than were asked for")
-    return seconds
+    def _drain(self) -> None:
+        """Ends what a failed run has left in the engine: it would run, and be timed, with the next one's requests."""
+        while self.llm.llm_engine.has_unfinished_requests():
+            self.llm.llm_engine.step()
 
+    def _warm_up(self, work: Work) -> None:
+        """A small batch once per engine, and one prompt of each length: the engine is shared, and so is its warmth."""
+        if not self.warm:
+            self._seconds(min(4, work.requests), min(2048, work.prompt_tokens), 8, 900)
+        if work.prompt_tokens not in self.warm:
+            self._seconds(1, work.prompt_tokens, 8, 901)
+        self.warm.add(work.prompt_tokens)
 
-def vllm_step(llm: Any, job: Job, seed: int) -> float:
-    """Milliseconds per step: the difference of two lengths of the output, as the anchors were measured."""
-    short, long = (
-        vllm_seconds(llm, job, job.requests, job.prompt_tokens, 1 + steps, 2 * seed + i)
-        for i, steps in enumerate((SHORT, LONG))
-    )
-    return (long - short) / (LONG - SHORT) * 1e3
+    def _seconds(self, count: int, tokens: int, new_tokens: int, seed: int) -> float:
+        """Seconds to generate exactly `new_tokens` tokens for every prompt."""
+        import torch
+        from vllm import SamplingParams, TokensPrompt
+
+        params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+        batch = [TokensPrompt(prompt_token_ids=ids) for ids in random_prompts(count, tokens, seed, self.job.vocab)]
+        _synchronize(torch, self.job.device)
+        begin = time.perf_counter()
+        answers = self.llm.generate(batch, params, use_tqdm=False)
+        _synchronize(torch, self.job.device)
+        seconds = time.perf_counter() - begin
+        if [len(answer.outputs[0].token_ids) for answer in answers] != [new_tokens] * count:
+            raise RuntimeError("vLLM generated other numbers of tokens than were asked for")
+        return seconds
+
+    def _step_ms(self, work: Work, seed: int) -> float:
+        """Milliseconds per step: the difference of two lengths of the output, as the anchors were measured."""
+        short, long = (
+            self._seconds(work.requests, work.prompt_tokens, 1 + steps, 2 * seed + i)
+            for i, steps in enumerate((SHORT, LONG))
+        )
+        return (long - short) / (LONG - SHORT) * 1e3
 
 
 # ---- transformers, kvpress ---------------------------------------------------------------------------------------
 
 
-def run_kvpress(job: Job, output: Output) -> None:
+class KVPress:
     """transformers with SDPA attention, eager: without a press, then with kvpress's, as far as they can be imported."""
-    import torch
-    import transformers
 
-    config = transformers.AutoConfig.from_pretrained(job.model)
-    dtype = torch.float32 if job.device == "cpu" else torch.bfloat16
-    with torch.device(job.device):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
-    versions = {"transformers": transformers.__version__}
-    for method, retention in KVPRESS_CASES:
-        engine = "transformers" if method == "none" else "kvpress"
-        entry = output.entry(engine=engine, method=method, retention=retention, versions=versions)
-        try:
-            press = _press(method, retention)
-            transformers_sample(model, press, job, 900)
-            for repeat in range(job.repeats):
-                prefill_s, step_ms, kv_bytes = transformers_sample(model, press, job, repeat)
-                value = step_ms if job.metric == "ms/step" else job.value(prefill_s)
-                output.add(entry, value, kv_bytes_per_sequence=kv_bytes / job.requests)
-        except ImportError as error:
-            entry["skipped"] = f"kvpress cannot be imported: {error}"
-        except (RuntimeError, KeyError, TypeError, AttributeError) as error:
-            entry["error"] = f"{type(error).__name__}: {str(error)[:300]}"
-            traceback.print_exc()
-        output.write()
-        if job.device == "cuda":
-            torch.cuda.empty_cache()
+    def __init__(self, job: Job):
+        import torch
+        import transformers
+
+        self.job, self.versions = job, {"transformers": transformers.__version__}
+        config = transformers.AutoConfig.from_pretrained(job.model)
+        dtype = torch.float32 if job.device == "cpu" else torch.bfloat16
+        load = transformers.AutoModelForCausalLM.from_config
+        with torch.device(job.device):
+            self.model = load(config, dtype=dtype, attn_implementation="sdpa").eval()
+
+    def measure(self, work: Work, output: Output) -> None:
+        """All cases of a workload; one that fails is said to, and the next goes on."""
+        import torch
+
+        for method, retention in KVPRESS_CASES:
+            engine = "transformers" if method == "none" else "kvpress"
+            entry = output.entry(work, engine=engine, method=method, retention=retention, versions=self.versions)
+            try:
+                self._case(work, output, entry)
+            except ImportError as error:
+                entry["skipped"] = f"kvpress cannot be imported: {error}"
+            except Exception as error:
+                entry["error"] = _said(error)
+                traceback.print_exc()
+            output.write()
+            if self.job.device == "cuda":
+                torch.cuda.empty_cache()
+
+    def _case(self, work: Work, output: Output, entry: dict[str, Any]) -> None:
+        press = _press(entry["method"], entry["retention"])
+        transformers_sample(self.model, press, self.job, work, 900)
+        for repeat in range(work.repeats):
+            prefill_s, step_ms, kv_bytes = transformers_sample(self.model, press, self.job, work, repeat)
+            value = step_ms if work.metric == "ms/step" else work.value(prefill_s)
+            output.add(entry, value, kv_bytes_per_sequence=kv_bytes / work.requests)
 
 
 def _press(method: str, retention: float) -> Any:
@@ -192,11 +258,11 @@ def _press(method: str, retention: float) -> Any:
     return cls(compression_ratio=1 - retention)
 
 
-def transformers_sample(model: Any, press: Any, job: Job, seed: int) -> tuple[float, float, int]:
+def transformers_sample(model: Any, press: Any, job: Job, work: Work, seed: int) -> tuple[float, float, int]:
     """(seconds to prefill all prompts one by one, milliseconds per decode step of all, bytes of all caches)."""
     import torch
 
-    ids = torch.tensor(random_prompts(job.requests, job.prompt_tokens, seed, job.vocab), device=job.device)
+    ids = torch.tensor(random_prompts(work.requests, work.prompt_tokens, seed, job.vocab), device=job.device)
     with torch.inference_mode():
         _synchronize(torch, job.device)
         begin = time.perf_counter()
@@ -206,8 +272,8 @@ def transformers_sample(model: Any, press: Any, job: Job, seed: int) -> tuple[fl
         step_ms = 0.0
         cache = _merged(caches)
         kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-        if job.metric == "ms/step":
-            step_ms = _decode_ms(model, cache, tokens, job)
+        if work.metric == "ms/step":
+            step_ms = _decode_ms(model, cache, tokens, job.device, work)
     return prefill_s, step_ms, kv_bytes
 
 
@@ -238,16 +304,16 @@ def _merged(caches: list[Any]) -> Any:
     return first
 
 
-def _decode_ms(model: Any, cache: Any, tokens: Any, job: Job) -> float:
+def _decode_ms(model: Any, cache: Any, tokens: Any, device: str, work: Work) -> float:
     import torch
 
-    timed = min(TIMED_STEPS, 3 * job.new_tokens // 4)
+    timed = min(TIMED_STEPS, 3 * work.new_tokens // 4)
     times = [time.perf_counter()]
-    for step in range(job.new_tokens - 1):
-        position = torch.full_like(tokens, job.prompt_tokens + step)
+    for step in range(work.new_tokens - 1):
+        position = torch.full_like(tokens, work.prompt_tokens + step)
         logits = model(input_ids=tokens, past_key_values=cache, position_ids=position, use_cache=True).logits
         tokens = logits[:, -1].argmax(-1, keepdim=True)
-        _synchronize(torch, job.device)
+        _synchronize(torch, device)
         times.append(time.perf_counter())
     return (times[-1] - times[-1 - timed]) / timed * 1e3
 
@@ -260,23 +326,37 @@ def _synchronize(torch: Any, device: str) -> None:
 # ---- the process -------------------------------------------------------------------------------------------------
 
 
+PEERS: dict[str, type[VLLM] | type[KVPress]] = {"vllm": VLLM, "kvpress": KVPress}
+
+
 def run(job: Job) -> None:
-    """Runs a job; what cannot be imported, and what fails, is said in its file."""
+    """Runs a job; what cannot be imported, and what fails, is said in its file: of a peer that does not start, of each
+    workload."""
     output = Output(job.out)
     try:
-        (run_vllm if job.peer == "vllm" else run_kvpress)(job, output)
+        peer = PEERS[job.peer](job)
     except Exception as error:
         traceback.print_exc()
-        missing = isinstance(error, ImportError) and not output.entries
-        text = f"{type(error).__name__}: {str(error)[:300]}"
-        entry = output.entries[-1] if output.entries else output.entry(engine=job.peer, method="none", retention=1.0)
-        entry["skipped" if missing else "error"] = f"{job.peer} cannot be imported: {text}" if missing else text
-        output.write()
+        missing, text = isinstance(error, ImportError), _said(error)
+        for work in job.works:
+            said = ("skipped", f"{job.peer} cannot be imported: {text}") if missing else ("error", text)
+            output.note(job.peer, work, *said)
+        return
+    for work in job.works:
+        try:
+            peer.measure(work, output)
+        except Exception as error:
+            traceback.print_exc()
+            output.note(job.peer, work, "error", _said(error))
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:300]}"
 
 
 def main(argv: list[str]) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    run(Job(**json.loads(argv[0])))
+    run(Job.from_json(argv[0]))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from types import SimpleNamespace
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -92,43 +94,163 @@ def test_skewed_heads_share_the_budget_by_their_weights(base, retention):
     assert counts.max() > 20 * counts.min()
 
 
-def test_vllm_rows_come_from_a_process_that_writes_its_job_file(tmp_path, monkeypatch):
+FAKE_VLLM = """
+import os
+import time
+from types import SimpleNamespace
+
+__version__ = "0"
+SamplingParams = TokensPrompt = SimpleNamespace
+runs = []
+
+
+class LLM:
+    def __init__(self, **arguments):
+        self.arguments, self.left = arguments, 0
+        self.llm_engine = SimpleNamespace(has_unfinished_requests=lambda: self.left > 0, step=self.step)
+        with open(os.environ.get("FAKE_VLLM_STARTS", os.devnull), "a") as file:
+            print(arguments["kv_cache_dtype"], arguments["max_num_seqs"], file=file)
+
+    def step(self):
+        self.left -= 1
+
+    def generate(self, batch, params, use_tqdm):
+        tokens = len(batch[0].prompt_token_ids)
+        runs.append((len(batch), tokens, params.max_tokens))
+        if self.arguments["kv_cache_dtype"] == "fp8" and params.max_tokens > 128:
+            os._exit(7)
+        if params.max_tokens == 3:
+            self.left = len(batch)
+            raise MemoryError("no room")
+        time.sleep(1e-5 * params.max_tokens)
+        answers = len(batch) + self.left
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[0] * params.max_tokens)])] * answers
+"""
+
+
+@pytest.fixture
+def fake_vllm(monkeypatch) -> ModuleType:
+    module = ModuleType("vllm")
+    exec(FAKE_VLLM, module.__dict__)
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    return module
+
+
+def peer_job(folder: Any, *works: tuple[Any, ...]) -> Any:
+    from benchmarks.engine_peers import Job, Work
+
+    return Job(
+        peer="vllm",
+        works=tuple(Work(*work) for work in works),
+        model="nowhere",
+        vocab=512,
+        device="cpu",
+        kv_cache_dtype="auto",
+        memory_utilization=0.9,
+        max_num_seqs=8,
+        out=str(folder / "entries.json"),
+    )
+
+
+def entries_of(job: Any) -> dict[str, dict[str, Any]]:
     from benchmarks.engine_peers import Job, run
 
-    class FakeLLM:
-        def __init__(self, **arguments: Any):
-            self.arguments = arguments
+    assert Job.from_json(job.to_json()) == job
+    run(job)
+    entries = json.loads(Path(job.out).read_text())
+    assert [entry["workload"] for entry in entries] == [work.name for work in job.works]
+    return {entry["workload"]: entry for entry in entries}
 
-        def generate(self, batch: list[Any], params: Any, use_tqdm: bool) -> list[Any]:
-            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[0] * params.max_tokens)]) for _ in batch]
 
-    def fake(**fields: Any) -> Any:
-        return SimpleNamespace(**fields)
+def test_one_vllm_measures_all_workloads_of_its_job(tmp_path, fake_vllm):
+    works = [("prefill", "tok/s", 2, 4096, 1, 3), ("decode", "ms/step", 2, 4096, 4, 1), ("long32", "s", 3, 16, 5, 2)]
+    entries = entries_of(peer_job(tmp_path, *works))
+    assert [len(entry["samples"]) for entry in entries.values()] == [3, 1, 2]
+    assert all(entry["engine"] == "vllm" and "error" not in entry for entry in entries.values())
+    assert entries["prefill"]["samples"][-1] == pytest.approx(2 * 4096 / entries["prefill"]["seconds"])
+    warm = [(2, 2048, 8), (1, 4096, 8)]  # once an engine, once a length
+    steps = [(2, 4096, 129), (2, 4096, 641)]
+    assert fake_vllm.runs == [*warm, *3 * [(2, 4096, 1)], *steps, (1, 16, 8), *2 * [(3, 16, 5)]]
 
-    module = SimpleNamespace(LLM=FakeLLM, SamplingParams=fake, TokensPrompt=fake, __version__="0", __spec__=None)
-    job = {
-        "peer": "vllm",
-        "model": "nowhere",
-        "requests": 2,
-        "prompt_tokens": 16,
-        "new_tokens": 4,
-        "max_num_seqs": 8,
-        "repeats": 3,
-        "vocab": 512,
-        "device": "cpu",
-        "kv_cache_dtype": "fp8",
-        "memory_utilization": 0.9,
-        "out": str(tmp_path / "entries.json"),
-    }
-    monkeypatch.setitem(sys.modules, "vllm", module)
-    for workload, metric in (("batch64", "tok/s"), ("decode", "ms/step"), ("long32", "s")):
-        run(Job(workload=workload, metric=metric, **job))
-        (entry,) = json.loads((tmp_path / "entries.json").read_text())
-        assert entry["engine"] == "vllm" and len(entry["samples"]) == 3 and "error" not in entry
+
+def test_a_workload_that_fails_leaves_nothing_to_the_next(tmp_path, fake_vllm, monkeypatch):
+    works = [("batch64", "tok/s", 2, 16, 3, 2), ("long32", "s", 2, 16, 4, 2)]
+    entries = entries_of(peer_job(tmp_path, *works))
+    assert "no room" in entries["batch64"]["error"] and not entries["batch64"]["samples"]
+    assert "error" not in entries["long32"] and len(entries["long32"]["samples"]) == 2
+    monkeypatch.setattr(fake_vllm, "LLM", None)
+    assert all("TypeError" in entry["error"] for entry in entries_of(peer_job(tmp_path, *works)).values())
     monkeypatch.setitem(sys.modules, "vllm", None)
-    run(Job(workload="prefill", metric="tok/s", **job))
-    (entry,) = json.loads((tmp_path / "entries.json").read_text())
-    assert "cannot be imported" in entry["skipped"]
+    assert all("cannot be imported" in entry["skipped"] for entry in entries_of(peer_job(tmp_path, *works)).values())
+
+
+def test_transformers_measures_all_workloads_of_its_job(tmp_path, monkeypatch):
+    from benchmarks.engine import ROOT
+    from benchmarks.engine_peers import run
+
+    pytest.importorskip("transformers")
+    monkeypatch.setitem(sys.modules, "kvpress", None)
+    job = peer_job(tmp_path, ("prefill", "tok/s", 2, 16, 1, 2), ("decode", "ms/step", 2, 16, 4, 1))
+    run(replace(job, peer="kvpress", model=str(ROOT / "benchmarks" / "shapes" / "tiny")))
+    entries = json.loads((tmp_path / "entries.json").read_text())
+    assert [entry["workload"] for entry in entries] == 4 * ["prefill"] + 4 * ["decode"]
+    for (first, *presses), samples in ((entries[:4], 2), (entries[4:], 1)):
+        assert first["engine"] == "transformers" and len(first["samples"]) == samples
+        assert all("kvpress cannot be imported" in entry["skipped"] for entry in presses)
+
+
+def test_workloads_share_a_vllm_by_the_sequences_it_takes():
+    from benchmarks.engine import sharing
+    from benchmarks.engine_workloads import WORKLOADS
+
+    names = {peer: [[w.name for w in g] for g in sharing(peer, [*WORKLOADS.values()])] for peer in ("vllm", "kvpress")}
+    assert names["vllm"] == [["prefill", "decode", "batch64", "long32"], ["short256"]]
+    assert names["kvpress"] == [["prefill", "decode"]]
+
+
+def test_peers_rows_and_their_merge_with_rows_of_another_run(tmp_path, monkeypatch, capsys):
+    from benchmarks import engine_report
+    from benchmarks.engine import main
+
+    monkeypatch.setattr(engine_report.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("FAKE_VLLM_STARTS", str(tmp_path / "starts"))
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "vllm.py").write_text(FAKE_VLLM)
+    peers = ["--vllm", "--peers-only", "--vllm-path", str(tmp_path / "site"), "--kv-cache-dtype", "auto", "fp8"]
+    scales = ["--scale", "0.5", "--length-scale", "0.0078125"]
+    assert main(["prefill", "decode", "batch64", "longest", *TINY, *scales, *peers, "--out", str(tmp_path / "a")]) == 1
+    assert (tmp_path / "starts").read_text().splitlines() == ["auto 256", "fp8 256", "fp8 256"]
+    result = read(tmp_path / "a")
+    rows = {(row["workload"], row["kv_cache_dtype"]): row for row in result["rows"]}
+    assert len(rows) == len(result["rows"]) == 6
+    for (workload, dtype), row in rows.items():
+        assert (row["engine"], row["method"], row["skewed"], row["max_num_seqs"]) == ("vllm", "none", False, 256)
+        if (workload, dtype) == ("decode", "fp8"):  # the process died there, another went on
+            assert row["error"] == "exit code 7" and not row["samples"]
+        else:
+            assert "error" not in row and len(row["samples"]) == 1 and row["value"] > 0 < row["tokens_per_second"]
+
+    mine = {**rows["prefill", "auto"], "engine": "compactor-vllm", "device": "NVIDIA H200", "run": "2099", "value": 7}
+    theirs = [{**row, "device": "NVIDIA H200"} for row in result["rows"]]
+    write(tmp_path / "mine.json", {**result, "run": "2099", "engines": {"prefill": {}}, "rows": [mine]})
+    write(tmp_path / "theirs.json", {**result, "rows": theirs})
+    files = ["--read", str(tmp_path / "mine.json"), str(tmp_path / "theirs.json"), "--out", str(tmp_path / "m")]
+    assert main(files) == 0
+    merged = json.loads((tmp_path / "m" / "engine-h200.json").read_text())  # by the files' device, not this machine's
+    assert merged == {**result, "run": "2099", "engines": {"prefill": {}}, "rows": [mine, *theirs]}
+    assert "compactor-vllm full cache" in capsys.readouterr().out
+
+    write(tmp_path / "mine.json", {**result, "run": "2100", "rows": [{**mine, "value": 8}]})
+    assert main(files) == 0
+    merged = json.loads((tmp_path / "m" / "engine-h200.json").read_text())
+    assert merged["rows"] == [{**mine, "value": 8}, *theirs] and merged["run"] == "2100"
+    write(tmp_path / "theirs.json", result)
+    with pytest.raises(SystemExit, match="CPU, NVIDIA H200"):
+        main(files)
+
+
+def write(file: Path, result: dict[str, Any]) -> None:
+    file.write_text(json.dumps(result))
 
 
 def test_ratios_name_anchors_as_such():
