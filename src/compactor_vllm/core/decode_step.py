@@ -149,7 +149,7 @@ class DecodeStep:
             if options:
                 options["layer"] = info.index
             attention_BHD = attention.decode(q_BHD, cache, segments_BG, info.scale, **options)
-            x_BE = layer.mlp_output(layer.attention_output(x_BE, attention_BHD), ops)
+            x_BE = layer.mlp_output(layer.attention_output(x_BE, attention_BHD, ops), ops)
         logits_BV = model.logits(x_BE, ops, None if self._logits_BV is None else self._logits_BV[:rows])
         best_B, ids_B = logits_BV.max(dim=1)
         self.drawn_B[:rows] = ids_B

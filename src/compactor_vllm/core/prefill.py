@@ -132,7 +132,7 @@ class PrefillJob:
         whole = any(item.request.sequence.sampling_params.prompt_logprobs is not None for item in current.rows)
         last_rows = batch.cu_seqlens_B1[1:].long() - 1
         angles = model.rotary.angles(batch.positions_T, batch.context_len_T)
-        attention = self._attention(batch)
+        attention, ops = self._attention(batch), runner.kernels.pointwise
         x_TE = model.embed(batch.input_ids_T)
         for index, layer in enumerate(runner.layers):
             info, cache, kernels = runner.layer_infos[index], runner.cache.layer(index), runner.kernels
@@ -159,7 +159,7 @@ class PrefillJob:
                 x_TE, q_THD = x_TE[last_rows], q_THD[last_rows]
             for a in range(0, len(x_TE), self.chunk_tokens):
                 rows = slice(a, a + self.chunk_tokens)
-                layer.mlp_output(layer.attention_output(x_TE[rows], q_THD[rows]), kernels.pointwise)  # in place
+                layer.mlp_output(layer.attention_output(x_TE[rows], q_THD[rows], ops), ops)  # in place
                 yield
         self._read_out(x_TE, current, whole)
 

@@ -172,7 +172,7 @@ class QuestionGraphs:
             )
             if info is runner.layer_infos[-1]:
                 x_TE, q_THD = x_TE[last_B], q_THD[last_B]
-            layer.mlp_output(layer.attention_output(x_TE, q_THD), ops)  # in place
+            layer.mlp_output(layer.attention_output(x_TE, q_THD, ops), ops)  # in place
         model.logits(x_TE, ops, self._logits_BV[:B])
 
 

@@ -23,7 +23,7 @@ class Kernels:
         assign_pages, store_selected, store_all, append, compact: writes of the cache.
         select_tokens: exact selection of kept (token, head) pairs.
         split_qkv, split_qkv_append: from projections to heads, see `layers.qkv`.
-        pointwise: norms and activations.
+        pointwise: norms, activations, and linear layers that add to the residual stream.
         scoring: which score kernels methods may use.
     """
 
@@ -68,7 +68,7 @@ def resolve_kernels(backend: AttentionBackend, device: torch.device) -> Kernels:
         from compactor_vllm.compression.select_kernel import select_tokens
         from compactor_vllm.kv_cache import store_kv_cache
         from compactor_vllm.kv_cache.write_page_table import assign_pages
-        from compactor_vllm.layers import activation_kernel, qkv_kernel
+        from compactor_vllm.layers import activation_kernel, few_rows_kernel, qkv_kernel
 
         stores = store_kv_cache
         operations = {
@@ -76,7 +76,11 @@ def resolve_kernels(backend: AttentionBackend, device: torch.device) -> Kernels:
             "select_tokens": select_tokens,
             "split_qkv": qkv_kernel.split_qkv,
             "split_qkv_append": qkv_kernel.split_qkv_append,
-            "pointwise": Pointwise(rms_norm=activation_kernel.rms_norm, silu_and_mul=activation_kernel.silu_and_mul),
+            "pointwise": Pointwise(
+                rms_norm=activation_kernel.rms_norm,
+                silu_and_mul=activation_kernel.silu_and_mul,
+                linear=few_rows_kernel.linear,
+            ),
         }
     else:
         from compactor_vllm.compression import selection

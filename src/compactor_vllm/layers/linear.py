@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compactor_vllm.distributed.group import SINGLE, Group, Span
+from compactor_vllm.layers.pointwise import TORCH, Pointwise
 
 
 class WeightSlot(NamedTuple):
@@ -67,11 +68,9 @@ class Linear(WeightLayer):
     def forward(self, x_TI: Tensor) -> Tensor:
         return F.linear(x_TI, self.weight, self.bias)
 
-    def add_to_(self, out_TO: Tensor, x_TI: Tensor) -> Tensor:
+    def add_to_(self, out_TO: Tensor, x_TI: Tensor, ops: Pointwise = TORCH) -> Tensor:
         """out += x W^T + b in place, in the GEMM's epilogue; `out_TO` is returned."""
-        if self.bias is not None:
-            out_TO.add_(self.bias)
-        return out_TO.addmm_(x_TI, self.weight.t())
+        return ops.linear(x_TI, self.weight, self.bias, out_TO)
 
 
 class MergedLinear(Linear):
@@ -114,8 +113,8 @@ class RowLinear(Linear):
         if self.bias is not None:
             yield WeightSlot(f"{path}.bias", self.bias.data)
 
-    def add_to_(self, out_TO: Tensor, x_TI: Tensor) -> Tensor:
+    def add_to_(self, out_TO: Tensor, x_TI: Tensor, ops: Pointwise = TORCH) -> Tensor:
         if self.group.size == 1:
-            return super().add_to_(out_TO, x_TI)
-        out_TO.add_(self.group.all_reduce_(F.linear(x_TI, self.weight)))
+            return super().add_to_(out_TO, x_TI, ops)
+        out_TO.add_(self.group.all_reduce_(ops.linear(x_TI, self.weight)))
         return out_TO if self.bias is None else out_TO.add_(self.bias)

@@ -28,4 +28,4 @@ class GatedMLP(nn.Module):
 
     def add_to_(self, x_TE: Tensor, hidden_TE: Tensor, ops: Pointwise = TORCH) -> Tensor:
         """x += mlp(hidden) in place; `x_TE` is returned."""
-        return self.down_proj.add_to_(x_TE, ops.silu_and_mul(self.gate_up_proj(hidden_TE)))
+        return self.down_proj.add_to_(x_TE, ops.silu_and_mul(self.gate_up_proj(hidden_TE)), ops)

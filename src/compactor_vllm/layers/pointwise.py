@@ -1,4 +1,4 @@
-"""The operations between matrix products that have a fused kernel beside their PyTorch form."""
+"""The operations of a layer, apart from attention, that have a kernel beside their PyTorch form."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ class Pointwise:
     Attributes:
         rms_norm: x / sqrt(mean(x^2) + eps) * weight over rows: (x_TE, weight_E, eps) -> [T, E].
         silu_and_mul: silu(gate) * up from rows that hold gate, then up: [T, 2 I] -> [T, I]. May overwrite its input.
+        linear: x W^T + b, added to a fourth argument in place if there is one: (x_TI, weight_OI, bias_O or None,
+            add_to_TO or None) -> [T, O].
     """
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     silu_and_mul: Callable[[Tensor], Tensor]
+    linear: Callable[..., Tensor]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -33,4 +36,13 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     return F.silu(gate, inplace=True).mul_(up)
 
 
-TORCH = Pointwise(rms_norm=rms_norm, silu_and_mul=silu_and_mul)
+def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, add_to_TO: Tensor | None = None) -> Tensor:
+    """See `Pointwise`; the addition is in the GEMM's epilogue."""
+    if add_to_TO is None:
+        return F.linear(x_TI, weight_OI, bias_O)
+    if bias_O is not None:
+        add_to_TO.add_(bias_O)
+    return add_to_TO.addmm_(x_TI, weight_OI.t())
+
+
+TORCH = Pointwise(rms_norm=rms_norm, silu_and_mul=silu_and_mul, linear=linear)

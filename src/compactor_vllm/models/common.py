@@ -74,9 +74,9 @@ class DecoderLayer(nn.Module):
         """Normalised, projected and biased: [T, (H + 2 K) D], what `split_qkv` takes."""
         return self.self_attn.qkv_proj(self.input_layernorm(x_TE, ops))
 
-    def attention_output(self, x_TE: Tensor, attn_THD: Tensor) -> Tensor:
+    def attention_output(self, x_TE: Tensor, attn_THD: Tensor, ops: Pointwise = TORCH) -> Tensor:
         """x += o_proj(attention) in place; `x_TE` is returned."""
-        return self.self_attn.o_proj.add_to_(x_TE, attn_THD.flatten(1))
+        return self.self_attn.o_proj.add_to_(x_TE, attn_THD.flatten(1), ops)
 
     def mlp_output(self, x_TE: Tensor, ops: Pointwise = TORCH) -> Tensor:
         """x += mlp(norm(x)) in place; `x_TE` is returned."""
