@@ -135,6 +135,7 @@ def build_rank(
     config, spec, dtype = plan.config, plan.spec, plan.dtype
     kernels = resolve_kernels(config.attention_backend, device)
     model = load_model(config, device, dtype, checkpoint or open_checkpoint(config), spec, group)
+    group.connect(dtype)
     if device.type == "cuda":
         model.rotary.reserve(plan.max_len, device)
     sizes = UnitSizes.choose(config, spec, device)

@@ -192,6 +192,7 @@ class DecodeStep:
                 self.launch_idle(size, several)  # compiles and loads what the capture must not
                 launch = partial(self._launch, size, several)
                 self._graphs[size, several] = self.pool.capture(launch)
+                self.model.group.holds(self._graphs[size, several][0])
 
 
 def graph_buckets(max_rows: int) -> list[int]:

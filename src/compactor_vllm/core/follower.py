@@ -50,6 +50,7 @@ class Follower:
 
     @torch.inference_mode()
     def run(self, calls: list[tuple[str, tuple[Any, ...]]], member: Member) -> None:
+        self.group.check()
         for name, arguments in calls:
             call: Callable[..., None] = getattr(self, name)
             try:

@@ -22,6 +22,7 @@ from compactor_vllm.attention.prompt_attention import PromptAttention
 from compactor_vllm.core.prefill_batch import PrefillItem, PrefillRound, build_round, reserved_pages
 from compactor_vllm.core.request import Request
 from compactor_vllm.core.unit_sizes import UnitSizes
+from compactor_vllm.distributed.group import Group
 from compactor_vllm.kv_cache.segment import Segment
 from compactor_vllm.layers.attention import (
     Kept,
@@ -84,6 +85,40 @@ class Heads:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class RoomNeeded:
+    """How much of a layer each rank keeps, on its way to the host, where ranks share the heads.
+
+    Selection bounds what all ranks keep together; one of them may keep more than its share.
+    """
+
+    layer: int
+    segments: list[Segment]
+    counts_NBK: Tensor
+    arrived: torch.cuda.Event | None
+
+    @staticmethod
+    def of(layer: int, kept: list[Kept], current: PrefillRound, group: Group) -> RoomNeeded | None:
+        """What a round's selection needs, which all ranks exchange; None if nothing was selected."""
+        chosen = [g for g, part in zip(current.groups, kept, strict=True) if part.kept_idx is not None]
+        if not chosen:
+            return None
+        counts_BK = torch.cat([part.counts_BK for part in kept if part.kept_idx is not None])
+        counts_NBK, arrived = group.all_gather(counts_BK), None
+        if counts_NBK.is_cuda:
+            host_NBK = torch.empty(counts_NBK.shape, dtype=counts_NBK.dtype, pin_memory=True)
+            counts_NBK, arrived = host_NBK.copy_(counts_NBK, non_blocking=True), torch.cuda.Event()
+            arrived.record()
+        segments = [item.segment for items in chosen for item in items]
+        return RoomNeeded(layer=layer, segments=segments, counts_NBK=counts_NBK, arrived=arrived)
+
+    def claim(self) -> Claim:
+        """Waits for the numbers; rank 0 finds the pages."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return Claim(layer=self.layer, segments=self.segments, counts_NBK=self.counts_NBK.numpy())
+
+
 class PrefillJob:
     """One prefill of one or more requests.
 
@@ -144,16 +179,22 @@ class PrefillJob:
             raw_THD = q_THD if heads.q_raw_THD is None else heads.q_raw_THD
             early = score_before_rope(raw_THD, heads.k_raw_TKD, v_TKD, batch, info, kernels)
             kept = score_and_select(q_THD, k_TKD, v_TKD, early, batch, info, kernels)
-            pages = [group.pages_L[index] for group in batch.groups]
-            if info.heads is not None:
-                yield from self._wait_for_room(index, kept, current)
-                pages = self._room(index, current)
-            store_kept(k_TKD, v_TKD, kept, pages, batch, cache, kernels)
+            room = None if info.heads is None else RoomNeeded.of(index, kept, current, model.group)
             self._keep_windows(index, q_THD, current)
             yield
             for piece in range(len(attention)):
                 attention.attend_(piece, q_THD, k_TKD, v_TKD, cache, info.scale)
+                if piece < len(attention) - 1:
+                    yield
+            pages = [group.pages_L[index] for group in batch.groups]
+            if room is not None:
+                # Not before attention is launched: the device must not wait for what the host decides.
+                self.claim = room.claim()
                 yield
+                assert self.claim is None, "the pages of a layer must be claimed before the next unit"
+                pages = self._room(index, current)
+            store_kept(k_TKD, v_TKD, kept, pages, batch, cache, kernels)
+            yield
             self._keep_attention(index, q_THD, current)
             if index == len(runner.layers) - 1 and not whole:
                 x_TE, q_THD = x_TE[last_rows], q_THD[last_rows]
@@ -162,21 +203,6 @@ class PrefillJob:
                 layer.mlp_output(layer.attention_output(x_TE[rows], q_THD[rows], ops), ops)  # in place
                 yield
         self._read_out(x_TE, current, whole)
-
-    def _wait_for_room(self, layer: int, kept: list[Kept], current: PrefillRound) -> Iterator[None]:
-        """Where ranks share the heads: says how much each of them keeps, and lets rank 0 find the pages for it.
-
-        Selection bounds what all ranks keep together; one of them may keep more than its share.
-        """
-        chosen = [g for g, part in zip(current.groups, kept, strict=True) if part.kept_idx is not None]
-        if not chosen:
-            return
-        counts_BK = torch.cat([part.counts_BK for part in kept if part.kept_idx is not None])
-        segments = [item.segment for group in chosen for item in group]
-        counts_NBK = self.runner.model.group.all_gather(counts_BK).cpu().numpy()
-        self.claim = Claim(layer=layer, segments=segments, counts_NBK=counts_NBK)
-        yield
-        assert self.claim is None, "the pages of a layer must be claimed before the next unit"
 
     def _room(self, layer: int, current: PrefillRound) -> list[LayerPages]:
         segments = [[item.segment for item in group] for group in current.groups]

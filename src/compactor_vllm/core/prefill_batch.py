@@ -186,10 +186,15 @@ def reserved_pages(
     begin_LB = np.ascontiguousarray((np.cumsum(sizes) - sizes).reshape(len(segments), -1).T)
     run_LB = np.stack([manager.layer_runs(segment)[layers] for segment in segments], axis=1)
     pages, begin, run = (
-        torch.from_numpy(array).to(manager.cache.device, non_blocking=True)
+        _on_device(torch.from_numpy(array), manager.cache.device)
         for array in (np.concatenate(arrays), begin_LB, run_LB)
     )
     return tuple(LayerPages(run_begin_B=run[i], pages=pages, begin_B=begin[i]) for i in range(len(run)))
+
+
+def _on_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy that the host does not wait for, however large it is and whatever the device has to do before."""
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
 def _borders(lens: Sequence[int]) -> torch.Tensor:

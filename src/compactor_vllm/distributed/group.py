@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,8 +19,18 @@ from torch.distributed.distributed_c10d import AllgatherOptions
 
 from compactor_vllm.errors import ConfigError, WorkerDiedError
 
+if TYPE_CHECKING:
+    from compactor_vllm.distributed.one_shot_kernel import OneShot
+    from compactor_vllm.distributed.peer_memory import PeerMemory
+
 TIMEOUT = timedelta(minutes=10)
 """Longest wait for another rank. Deaths are noticed at once, see `Team`; this is for ranks that hang."""
+
+ABORT_TIMEOUT = 2.0
+"""Seconds that the end of an engine waits for NCCL to give its memory back."""
+
+_NCCL_WATCHDOG = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "2", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+"""What torch does when NCCL fails: it ends NCCL's kernels, and not the process, which is the caller's on rank 0."""
 
 
 class Span(NamedTuple):
@@ -51,6 +67,13 @@ class Group:
         """Replaces `x` (contiguous) by its sum, maximum or minimum over the ranks; returns it."""
         return x
 
+    def add_reduced_(self, out: Tensor, part: Tensor) -> Tensor:
+        """out += the sum of the ranks' `part`, which is contiguous and may be overwritten; returns `out`.
+
+        Both have one shape and type. The result is the same on all ranks if `out` was.
+        """
+        return out.add_(self.all_reduce_(part))
+
     def all_gather(self, x: Tensor) -> Tensor:
         """[size, *x.shape]: the tensors of all ranks, which have one shape."""
         return x[None]
@@ -58,6 +81,18 @@ class Group:
     def broadcast_(self, x: Tensor) -> Tensor:
         """Replaces `x` (contiguous) by that of rank 0; returns it."""
         return x
+
+    def connect(self, dtype: torch.dtype) -> None:
+        """Prepares faster sums of small tensors of this type, if there are any here.
+
+        All ranks together, on one stream, before graphs are captured; until then sums take the general way.
+        """
+
+    def check(self) -> None:
+        """Raises WorkerDiedError when an exchange that was launched has come to nothing."""
+
+    def holds(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Says that a graph has exchanges in it; it cannot be replayed behind `close`."""
 
     def close(self, *, abort: bool = False) -> None:
         """Ends the group. `abort`: another rank is gone, so whoever waits for it must not wait on."""
@@ -83,14 +118,19 @@ class TorchGroup(Group):
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, device: torch.device, *, local: bool):
-        self.rank, self.size, self.device = rank, size, device
+        self.rank, self.size, self.device, self.local = rank, size, device, local
+        self._memory: PeerMemory | None = None
+        self._one_shot: OneShot | None = None
         self._ops = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        self._aborting: threading.Thread | None = None
         store = dist.PrefixStore("compactor", store)
         self._backend: Any
         if device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = TIMEOUT
-            self._backend = dist.ProcessGroupNCCL(store, rank, size, options)
+            with _environment(_NCCL_WATCHDOG):
+                self._backend = dist.ProcessGroupNCCL(store, rank, size, options)
         elif local:  # host names of containers lead anywhere
             options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
             options._timeout = TIMEOUT
@@ -100,10 +140,17 @@ class TorchGroup(Group):
             self._backend = dist.ProcessGroupGloo(store, rank, size, TIMEOUT)
 
     def all_reduce_(self, x: Tensor, op: Literal["sum", "max", "min"] = "sum") -> Tensor:
+        if op == "sum" and self._one_shot is not None and self._one_shot.takes(x):
+            return self._one_shot.reduce_(x)
         options = dist.AllreduceOptions()
         options.reduceOp, options.asyncOp = self._ops[op], False  # type: ignore[assignment]
         self._wait("allreduce", [x], options)
         return x
+
+    def add_reduced_(self, out: Tensor, part: Tensor) -> Tensor:
+        if self._one_shot is not None and self._one_shot.takes(part, out):
+            return self._one_shot.add_(out, part)
+        return super().add_reduced_(out, part)
 
     def all_gather(self, x: Tensor) -> Tensor:
         out = x.new_empty(self.size, *x.shape)
@@ -118,20 +165,80 @@ class TorchGroup(Group):
         self._wait("broadcast", [x], options)
         return x
 
+    def connect(self, dtype: torch.dtype) -> None:
+        if self.device.type == "cuda" and self.local:
+            from compactor_vllm.distributed.peer_memory import connect
+
+            found = connect(self, self.device, dtype)
+            if found is not None:
+                self._memory, self._one_shot = found
+
+    def check(self) -> None:
+        if self._one_shot is not None and self._one_shot.given_up:
+            raise WorkerDiedError("a process of the tensor-parallel group does not answer")
+
+    def holds(self, graph: torch.cuda.CUDAGraph) -> None:
+        self._graphs.add(graph)
+
     def close(self, *, abort: bool = False) -> None:
         backend, self._backend = self._backend, None
+        if self._one_shot is not None:
+            self._one_shot.end()  # NCCL's end does not reach its kernels
+        if self.device.type != "cuda":
+            if backend is not None:
+                (backend.abort if abort else backend.shutdown)()
+            return
+        if not abort:  # else another thread may be replaying a graph; it closes the group, too, when it has failed
+            for graph in list(self._graphs):
+                graph.reset()
+            self._graphs.clear()
         if backend is not None:
-            (backend.abort if abort else backend.shutdown)()
+            thread = threading.Thread(target=_abort_nccl, args=(backend,), name="compactor-nccl", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # the interpreter ends, and starts no threads any more
+                _abort_nccl(backend)
+            else:
+                self._aborting = thread
+        if not abort and self._aborting is not None:
+            self._aborting.join(ABORT_TIMEOUT)
+        ended = self._aborting is None or not self._aborting.is_alive()  # else to wait for the GPU may take forever
+        if not abort and self._memory is not None and ended:
+            self._memory.free()
 
     def _wait(self, name: str, *arguments: Any) -> None:
-        if self._backend is None:
+        backend = self._backend  # which another thread may take away
+        if backend is None:
             raise WorkerDiedError("a process of the tensor-parallel group has ended")
         try:
-            work = getattr(self._backend, name)(*arguments)
+            work = getattr(backend, name)(*arguments)
             if work is not None:
                 work.wait()
         except RuntimeError as error:
             raise WorkerDiedError(f"a process of the tensor-parallel group has died: {error}") from error
+
+
+def _abort_nccl(backend: Any) -> None:
+    """Ends NCCL's kernels at once, and then the communicator, in a thread: it waits until no graph holds it.
+
+    Nothing waits for other ranks, as `shutdown` does: they may be in the middle of an exchange, or gone.
+    """
+    # An exchange that another thread has begun to launch must be past the locks that this takes and keeps.
+    time.sleep(0.05)
+    with suppress(RuntimeError):  # graphs that nobody has dropped within TIMEOUT
+        backend.abort()
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Environment variables that are not set otherwise, until the end of the block."""
+    added = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 @dataclass(frozen=True)

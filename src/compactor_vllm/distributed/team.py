@@ -83,7 +83,7 @@ class Team:
         Raises:
             WorkerDiedError: a rank does not come up.
         """
-        os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
+        _turn_multicast_off()
         self.failure: str | None = None
         self._plan: list[tuple[str, tuple[Any, ...]]] = []
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -142,6 +142,7 @@ class Team:
         """Raises WorkerDiedError when a rank has failed."""
         if self.failure is not None:
             raise WorkerDiedError(self.failure)
+        self.group.check()
 
     @contextmanager
     def failures_explained(self) -> Iterator[None]:
@@ -195,8 +196,10 @@ class Team:
         if self.failure is None:
             self.failure = reason
             logger.critical("the tensor-parallel engine has failed: %s", reason)
+        for process in self._processes:
+            process.kill()
+        self.group.close(abort=True)  # before it is waited for ranks, whose GPUs take a while to end
         _kill(self._processes)
-        self.group.close(abort=True)
 
 
 class Member:
@@ -276,6 +279,7 @@ def run_member(seat: Seat, store: dist.Store, entry: str, payload: Any) -> None:
     import importlib
     import traceback
 
+    _turn_multicast_off()
     member = Member(seat, store)
     module, _, function = entry.partition(":")
     try:
@@ -306,6 +310,11 @@ def interrupts_held() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
         if kept and callable(before):
             before(*kept[0])
+
+
+def _turn_multicast_off() -> None:
+    """On every rank: NCCL hangs where they disagree."""
+    os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
 
 
 def _launched_store(size: int) -> dist.Store:

@@ -1,6 +1,6 @@
 """Where scores, selection, stores and attention of one layer meet.
 
-A prefill layer is: scores before RoPE, scores after RoPE -> select -> store what is kept -> attention. Attention reads
+A prefill layer is: scores before RoPE, scores after RoPE -> select -> attention -> store what is kept. Attention reads
 the layer's activations, never the pages that are being filled, so that nothing is approximated and only kept tokens
 ever enter pages. Ranks that share the heads of a layer score their own ones and select together.
 
@@ -173,9 +173,12 @@ def store_kept(
 
 
 def _checked_scores(scores_TK: Tensor | None, k_TKD: Tensor, group: StoreGroup, info: LayerInfo) -> Tensor:
-    """The scores as selection takes them; where ranks share the heads, all of them raise if one must."""
+    """The scores as selection takes them; where ranks share the heads, all of them raise if one must.
+
+    On GPUs only shapes are looked at, which are the same on all ranks, so that no rank waits for another's answer.
+    """
     problem = _problem(scores_TK, k_TKD, group)
-    if info.heads is not None:
+    if info.heads is not None and k_TKD.device.type == "cpu":
         here = torch.tensor([float(problem is not None)], device=k_TKD.device)
         if info.heads.group.all_reduce_(here, "max").item() and problem is None:
             problem = "another rank's scores cannot be used"

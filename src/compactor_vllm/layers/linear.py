@@ -116,5 +116,5 @@ class RowLinear(Linear):
     def add_to_(self, out_TO: Tensor, x_TI: Tensor, ops: Pointwise = TORCH) -> Tensor:
         if self.group.size == 1:
             return super().add_to_(out_TO, x_TI, ops)
-        out_TO.add_(self.group.all_reduce_(ops.linear(x_TI, self.weight)))
+        self.group.add_reduced_(out_TO, ops.linear(x_TI, self.weight))
         return out_TO if self.bias is None else out_TO.add_(self.bias)

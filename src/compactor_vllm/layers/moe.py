@@ -112,6 +112,10 @@ class SparseMoE(nn.Module):
 
     def forward(self, hidden_TE: Tensor, ops: Pointwise = TORCH) -> Tensor:
         """Sum of the chosen experts' outputs. A token's result does not depend on the rest of the batch's order."""
+        return self.group.all_reduce_(self._part(hidden_TE, ops))
+
+    def _part(self, hidden_TE: Tensor, ops: Pointwise) -> Tensor:
+        """With several ranks this one's part of the sum."""
         weights_TC, experts_TC = self.route(hidden_TE)
         experts_N = experts_TC.flatten()
         order_N = experts_N.argsort(stable=True)
@@ -121,7 +125,7 @@ class SparseMoE(nn.Module):
         out_NE = torch.empty_like(sorted_NE)
         out_NE[order_N] = sorted_NE
         out_TCE = out_NE.view(*experts_TC.shape, -1)
-        return self.group.all_reduce_(torch.einsum("tce,tc->te", out_TCE, weights_TC))
+        return torch.einsum("tce,tc->te", out_TCE, weights_TC)
 
     def waits_for_host(self, dtype: torch.dtype) -> bool:
         """As in `GatedMLP`: only the grouped product needs no counts on the host."""
@@ -129,4 +133,4 @@ class SparseMoE(nn.Module):
 
     def add_to_(self, x_TE: Tensor, hidden_TE: Tensor, ops: Pointwise = TORCH) -> Tensor:
         """x += moe(hidden) in place; `x_TE` is returned."""
-        return x_TE.add_(self(hidden_TE, ops))
+        return self.group.add_reduced_(x_TE, self._part(hidden_TE, ops))
