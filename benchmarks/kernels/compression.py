@@ -32,6 +32,7 @@ from benchmarks.kernels.compression_cases import (
     make_cache,
     make_layer,
     pages_for,
+    pre_rope,
     snapkv,
 )
 from benchmarks.timing import copy_ceiling, read_ceiling, time_graph, write_results
@@ -39,6 +40,7 @@ from compactor_vllm.compression import SnapKV
 from compactor_vllm.compression import chunk_attention_kernel as chunk_module
 from compactor_vllm.compression import leverage_kernel as leverage_module
 from compactor_vllm.compression.chunk_attention_kernel import chunk_attention_scores
+from compactor_vllm.compression.direction_kernel import direction_scores
 from compactor_vllm.compression.leverage_kernel import leverage_scores
 from compactor_vllm.compression.select_kernel import select_tokens
 from compactor_vllm.compression.zscore_kernel import standardize
@@ -88,7 +90,7 @@ def operations(layer: Layer) -> dict[str, Operation]:
     half_counts = counts // 2
     positions, slots, rows = layer.context.positions_T, layer.slots_B, (layer.k_TKD, layer.v_TKD)
     attend = partial(chunk_attention_scores, layer.q_THD, layer.k_TKD, borders, scale=1.0, v_TKD=layer.v_TKD)
-    blend = partial(standardize, scores, borders, domain="sequence", pool_width=3, base_TK=scores)
+    blend = partial(standardize, scores[None], borders, domain="sequence", pool_width=3, base_TK=scores)
     group_rows = HEADS // KV_HEADS * SnapKV().window
     total: dict[str, Operation] = {
         "Compactor, all": (partial(compress, layer, compactor, keep_B, kept_pairs, pages), 0.0, 0.0),
@@ -106,6 +108,18 @@ def operations(layer: Layer) -> dict[str, Operation]:
         "leverage (whole context)": (
             partial(leverage_scores, layer.k_TKD, phi, borders, chunk=None, ridge=5e-3),
             2.0 * pairs * row, 2.0 * pairs * columns * (2 * HEAD_DIM + columns),
+        ),
+        "direction (chunks of 512)": (
+            partial(direction_scores, layer.k_TKD, borders, chunk=512), pairs * row, 0.0,
+        ),
+        "direction (whole context)": (
+            partial(direction_scores, layer.k_TKD, borders, chunk=None), 2.0 * pairs * row, 0.0,
+        ),
+        "before RoPE (chunks of 512)": (
+            partial(pre_rope, layer, 512), pairs * row, 2.0 * pairs * columns * (2 * HEAD_DIM + columns),
+        ),
+        "before RoPE (whole context)": (
+            partial(pre_rope, layer, None), 2.0 * pairs * row, 2.0 * pairs * columns * (2 * HEAD_DIM + columns),
         ),
         "chunk attention (256)": (
             partial(attend, chunk=256), tokens * HEADS * row + 2 * pairs * row, 2.0 * tokens * HEADS * 256 * HEAD_DIM,
@@ -173,15 +187,14 @@ CHUNK_TILES = (
     (64, 256, 4, 3), (64, 256, 4, 2), (64, 256, 8, 2), (64, 256, 8, 3), (128, 256, 8, 1), (128, 256, 8, 2),
     (32, 256, 4, 3),
 )  # fmt: skip
-LEVERAGE_TILES = tuple((rows, fused, stages) for rows in (32, 64) for fused in (0, 1024) for stages in (1, 2, 3))
+LEVERAGE_TILES = tuple((rows, stages, warps) for rows in (32, 64) for stages in (2, 3, 4) for warps in (4, 8))
 
 
 def tune(tokens: int) -> list[dict[str, Any]]:
-    """Times the tiles of chunk attention (queries, keys, warps, stages) and leverage (rows, fused chunk, stages)."""
+    """Times the tiles of chunk attention (queries, keys, warps, stages) and leverage (rows, stages, warps)."""
     layer = make_layer([tokens], 0.5)
-    borders, phi = layer.context.cu_seqlens, layer.context.sketch()
+    borders = layer.context.cu_seqlens
     attend = partial(chunk_attention_scores, layer.q_THD, layer.k_TKD, borders, scale=1.0, v_TKD=layer.v_TKD, chunk=256)
-    measure_leverage = partial(leverage_scores, layer.k_TKD, phi, borders, chunk=512, ridge=5e-3)
     rows = []
     for tiles in CHUNK_TILES:
         chosen = chunk_module.ChunkAttentionConfig(
@@ -192,12 +205,11 @@ def tune(tokens: int) -> list[dict[str, Any]]:
         )
     for tiles in LEVERAGE_TILES:
         chosen = leverage_module.LeverageConfig(
-            project=True, **dict(zip(("rows", "fused_chunk", "num_stages"), tiles, strict=True))
+            project=True, **dict(zip(("rows", "num_stages", "num_warps"), tiles, strict=True))
         )
+        call = partial(pre_rope, layer, 512)
         rows.append(
-            _try(
-                "leverage (chunks of 512)", tiles, measure_leverage, leverage_module, "default_leverage_config", chosen
-            )
+            _try("before RoPE (chunks of 512)", tiles, call, leverage_module, "default_leverage_config", chosen)
         )
     return rows
 

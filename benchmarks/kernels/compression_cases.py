@@ -12,6 +12,7 @@ from torch import Tensor
 from compactor_vllm.compression import Compactor, ScoringContext, SequenceSpan, SnapKV, selection
 from compactor_vllm.compression.chunk_attention_kernel import chunk_attention_scores
 from compactor_vllm.compression.compactor_kernel import post_rope_scores, pre_rope_scores
+from compactor_vllm.compression.direction_kernel import direction_scores
 from compactor_vllm.compression.leverage_kernel import leverage_scores
 from compactor_vllm.compression.select_kernel import select_tokens
 from compactor_vllm.compression.snapkv import WINDOW_SCORE
@@ -123,6 +124,11 @@ def pages_for(layer: Layer) -> tuple[Tensor, ...]:
     return begin, torch.zeros_like(layer.slots_B), reserved, begin
 
 
+def pre_rope(layer: Layer, chunk: int | None) -> Tensor | None:
+    """COMPACTOR's leverage and direction over chunks of these tokens, with their z-scores."""
+    return pre_rope_scores(Compactor(), layer.k_TKD, replace(layer.context, chunk_size=chunk))
+
+
 def compactor(layer: Layer) -> Tensor:
     method = Compactor()
     pre = pre_rope_scores(method, layer.k_TKD, layer.context)
@@ -160,6 +166,14 @@ def exact_leverage(layer: Layer, chunk: int) -> Tensor:
             x = (x - x.mean(1, keepdim=True)) @ phi
             gram = x.mT @ x + 5e-3 * torch.eye(x.shape[2], dtype=torch.float64, device="cuda")
             parts.append((x * torch.linalg.solve(gram, x.mT).mT).sum(2).T)
+    return torch.cat(parts)
+
+
+def exact_direction(layer: Layer) -> Tensor:
+    parts = []
+    for span in layer.context.spans:
+        unit = torch.nn.functional.normalize(layer.k_TKD[span.begin : span.end].double(), dim=-1)
+        parts.append(-(unit * torch.nn.functional.normalize(unit.sum(0), dim=-1)).sum(-1))
     return torch.cat(parts)
 
 
@@ -207,6 +221,7 @@ def check() -> dict[str, float]:
     error("leverage", got, exact_leverage(layer, 512), 1e-3)
     got = leverage_scores(layer.k_TKD, phi, borders, chunk=None, ridge=5e-3)
     error("leverage, whole context", got, exact_leverage(layer, 1 << 30), 1e-3)
+    error("direction", direction_scores(layer.k_TKD, borders, chunk=None), exact_direction(layer), 2e-5)
     got = chunk_attention_scores(layer.q_THD, layer.k_TKD, borders, chunk=256, scale=1.0, v_TKD=layer.v_TKD)
     error("chunk attention", got, exact_chunk_attention(layer, 256), 1e-3)
     want = exact_window(layer)

@@ -27,13 +27,11 @@ def small_tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles so small that short sequences have several, partly filled ones."""
     if device.type == "cuda":
         return
-    config = leverage.LeverageConfig(rows=16, project=True, fused_chunk=24, num_stages=1)
+    config = leverage.LeverageConfig(rows=16, project=True, num_stages=1)
     monkeypatch.setattr(leverage, "default_leverage_config", lambda *_: config)
     monkeypatch.setattr(leverage, "_BLOCK", 32)
     tiles = attention.ChunkAttentionConfig(queries=16, keys=32, num_warps=4, num_stages=1)
     monkeypatch.setattr(attention, "default_chunk_attention_config", lambda *_: tiles)
-    monkeypatch.setattr(direction, "_BLOCK", 32)
-    monkeypatch.setattr(direction, "_VALUES", 512)
     monkeypatch.setattr(zscores, "_TILE", 64)
 
 
@@ -71,14 +69,31 @@ def test_leverage(device: torch.device, monkeypatch: pytest.MonkeyPatch, dtype: 
     assert error(got, want) < 1e-4
 
 
-def test_leverage_without_projection(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = leverage.LeverageConfig(rows=16, project=False, fused_chunk=24, num_stages=1)
+@pytest.mark.parametrize("columns", [1, 16, 33, 100])
+def test_leverage_of_any_sketch(device: torch.device, columns: int) -> None:
+    """Sketches of one and of several panels, full ones and a rest, some with more columns than there are keys."""
+    _, k, _ = ref.qkv(190, 1, 1, 64)
+    phi = gaussian_sketch(64, columns, device)
+    got = leverage.leverage_scores(k.to(device), phi, borders_of([20, 170], device), chunk=None, ridge=5e-3)
+    want = per_sequence([20, 170], lambda x: ref.np_leverage(x, wide(phi), None, 5e-3), wide(k))
+    assert error(got, want) < 1e-4
+
+
+@pytest.mark.parametrize("project", [True, False])
+@pytest.mark.parametrize("chunk", [24, None])
+def test_both_scores_of_keys(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, chunk: int | None, project: bool
+) -> None:
+    """Both from the same passes, with and without the projection; each is what it is alone."""
+    config = leverage.LeverageConfig(rows=16, project=project, num_stages=1)
     monkeypatch.setattr(leverage, "default_leverage_config", lambda *_: config)
-    _, k, _ = ref.qkv(40, 1, 1, 16)
-    phi = gaussian_sketch(16, 20, device)
-    for chunk in (24, None):
-        got = leverage.leverage_scores(k.to(device), phi, borders_of([40], device), chunk=chunk, ridge=5e-3)
-        assert error(got, ref.np_leverage(wide(k), wide(phi), chunk, 5e-3)) < 1e-4
+    k, phi, borders = ref.qkv(90, 1, 2, 20)[1].to(device), gaussian_sketch(20, 12, device), borders_of([90], device)
+    both = leverage.key_scores(k, phi, borders, chunk=chunk, ridge=5e-3, direction=True)
+    assert both.shape == (2, 90, 2)
+    assert error(both[0], ref.np_leverage(wide(k), wide(phi), chunk, 5e-3)) < 1e-4
+    assert error(both[1], ref.np_direction(wide(k), chunk)) < 4e-6
+    assert torch.equal(both[0], leverage.leverage_scores(k, phi, borders, chunk=chunk, ridge=5e-3))
+    torch.testing.assert_close(both[1], direction.direction_scores(k, borders, chunk=chunk), rtol=0, atol=2**-19)
 
 
 def test_leverage_of_keys_far_from_the_origin(device: torch.device) -> None:
@@ -121,7 +136,7 @@ def test_sequences_do_not_touch_each_other(device: torch.device) -> None:
         lambda: leverage.leverage_scores(k, phi, borders, chunk=None, ridge=5e-3),
         lambda: attention.chunk_attention_scores(q, k, borders, chunk=16, scale=1.0),
         lambda: direction.direction_scores(k, borders, chunk=None),
-        lambda: zscores.standardize(k[:, :, 0].contiguous(), borders, domain="sequence", pool_width=5),
+        lambda: zscores.standardize(k[None, :, :, 0].contiguous(), borders, domain="sequence", pool_width=5),
     ):
         before = call()
         saved = q[20:29].clone(), k[20:29].clone()
@@ -177,20 +192,24 @@ def np_standardize(x: np.ndarray, counted: np.ndarray, domain: str, chunk: int |
 
 
 @pytest.mark.parametrize(
-    ("domain", "chunk", "counted", "width"),
+    ("domain", "chunk", "counted", "width", "terms"),
     [
-        ("sequence", None, False, 3),
-        ("sequence", None, True, 1),
-        ("head", None, True, 5),
-        ("chunk", 24, True, 1),
-        ("chunk", 40, False, 3),
-        ("chunk", None, False, 1),
-        ("none", None, False, 7),
-        ("none", None, False, 1),
+        ("sequence", None, False, 3, 1),
+        ("sequence", None, True, 1, 2),
+        ("head", None, True, 5, 2),
+        ("chunk", 24, True, 1, 2),
+        ("chunk", 40, False, 3, 1),
+        ("chunk", None, False, 1, 2),
+        ("none", None, False, 7, 1),
+        ("none", None, False, 1, 2),
     ],
 )
-def test_standardize(device: torch.device, domain: str, chunk: int | None, counted: bool, width: int) -> None:
-    x, base = torch.randn(sum(LENGTHS), 3) * 3 + 100, torch.randn(sum(LENGTHS), 3)
+def test_standardize(
+    device: torch.device, domain: str, chunk: int | None, counted: bool, width: int, terms: int
+) -> None:
+    """One and two terms far from zero, of different size."""
+    scale = torch.tensor([1.0, 0.01])[:terms, None, None]
+    x, base = (torch.randn(terms, sum(LENGTHS), 3) * 3 + 100) * scale, torch.randn(sum(LENGTHS), 3)
     counted_T = torch.rand(sum(LENGTHS)) > 0.3 if counted else torch.ones(sum(LENGTHS), dtype=torch.bool)
     counted_T[:6] = not counted  # sequences of which nothing is counted
     weight = torch.rand(len(LENGTHS))
@@ -200,16 +219,23 @@ def test_standardize(device: torch.device, domain: str, chunk: int | None, count
         domain=domain,
         chunk=chunk,
         counted_T=counted_T.to(device) if counted else None,
-        weight=weight.to(device),
+        weights=[weight.to(device), 0.7][:terms],
         base_TK=base.to(device),
         pool_width=width,
     )
-    want = per_sequence(LENGTHS, lambda a, b: np_standardize(a, b, domain, chunk, width), wide(x), counted_T.numpy())
-    np.testing.assert_allclose(wide(got), want * np.repeat(weight, LENGTHS)[:, None].numpy() + wide(base), atol=2e-5)
+    want = wide(base)
+    for term, of_term in zip(x, [np.repeat(weight, LENGTHS)[:, None].numpy(), 0.7], strict=False):
+        standard = per_sequence(
+            LENGTHS, lambda a, b: np_standardize(a, b, domain, chunk, width), wide(term), counted_T.numpy()
+        )
+        want = want + standard * of_term
+    np.testing.assert_allclose(wide(got), want, atol=2e-5)
 
 
 def test_equal_scores_standardize_to_zero(device: torch.device) -> None:
-    got = zscores.standardize(torch.full((40, 2), 3.3, device=device), borders_of([39, 1], device), domain="sequence")
+    got = zscores.standardize(
+        torch.full((1, 40, 2), 3.3, device=device), borders_of([39, 1], device), domain="sequence"
+    )
     assert got.abs().max() < 1e-3 and torch.isfinite(got).all()
 
 
@@ -257,6 +283,11 @@ def test_default_tiles_at_full_size(device: torch.device, dtype: torch.dtype, di
         runs = [leverage.leverage_scores(k, phi, borders, chunk=chunk, ridge=5e-3) for _ in range(2)]
         want = per_sequence(lengths, lambda x, c=chunk: ref.np_leverage(x, wide(phi), c, 5e-3), wide(k))
         assert torch.equal(*runs) and error(runs[0], want) < 1e-3
+        runs = [leverage.key_scores(k, phi, borders, chunk=chunk, ridge=5e-3, direction=True) for _ in range(2)]
+        assert torch.equal(*runs) and error(runs[0][0], want) < 1e-3
+        want = per_sequence(lengths, lambda x, c=chunk: ref.np_direction(x, c), wide(k))
+        assert error(runs[0][1], want) < 4e-6
+        assert error(direction.direction_scores(k, borders, chunk=chunk), want) < 4e-6
     for chunk in (128, 256, 400):
         runs = [
             attention.chunk_attention_scores(q, k, borders, chunk=chunk, scale=dim**-0.5, v_TKD=v) for _ in range(2)
@@ -281,7 +312,7 @@ def test_chunk_attention_of_any_group(device: torch.device, group: int, reductio
 def test_wrong_arguments_are_named(device: torch.device) -> None:
     q, k, v = (x.to(device) for x in ref.qkv(8, 4, 2, 16))
     borders, phi = borders_of([8], device), gaussian_sketch(16, 12, device)
-    x = torch.zeros(8, 2, device=device)
+    x = torch.zeros(1, 8, 2, device=device)
     calls = [
         ("k_TKD", lambda: leverage.leverage_scores(k[:, 0], phi, borders, chunk=None, ridge=0.0)),
         ("phi_DS", lambda: leverage.leverage_scores(k, phi.t().contiguous(), borders, chunk=None, ridge=0.0)),
@@ -296,13 +327,14 @@ def test_wrong_arguments_are_named(device: torch.device) -> None:
         ("scale", lambda: attention.chunk_attention_scores(q, k, borders, chunk=4, scale=-1.0)),
         ("reduction", lambda: attention.chunk_attention_scores(q, k, borders, chunk=4, scale=1.0, reduction="min")),
         ("v_TKD", lambda: attention.chunk_attention_scores(q, k, borders, chunk=4, scale=1.0, v_TKD=v[:, :1])),
-        ("x_TK", lambda: zscores.standardize(x.double(), borders, domain="sequence")),
+        ("x_NTK", lambda: zscores.standardize(x.double(), borders, domain="sequence")),
         ("domain", lambda: zscores.standardize(x, borders, domain="layer")),
         ("chunk", lambda: zscores.standardize(x, borders, domain="chunk", chunk=0)),
         ("pool_width", lambda: zscores.standardize(x, borders, domain="none", pool_width=2)),
-        ("counted_T", lambda: zscores.standardize(x, borders, domain="sequence", counted_T=x[:, 0].contiguous())),
-        ("weight", lambda: zscores.standardize(x, borders, domain="sequence", weight=x[:2, 0].contiguous())),
-        ("base_TK", lambda: zscores.standardize(x, borders, domain="sequence", base_TK=x[:4])),
+        ("counted_T", lambda: zscores.standardize(x, borders, domain="sequence", counted_T=x[0, :, 0].contiguous())),
+        ("weights", lambda: zscores.standardize(x, borders, domain="sequence", weights=[x[0, :2, 0].contiguous()])),
+        ("weights", lambda: zscores.standardize(x, borders, domain="sequence", weights=[1.0, 2.0])),
+        ("base_TK", lambda: zscores.standardize(x, borders, domain="sequence", base_TK=x[0, :4])),
     ]  # fmt: skip
     for name, call in calls:
         with pytest.raises(InvalidInputError, match=rf"^{name} must"):

@@ -1,8 +1,8 @@
 """Compactor's scores on a GPU: the launches that `Compactor` makes when kernels may be used.
 
-Before RoPE: leverage and direction, each with z-score and weight. After RoPE: attention inside chunks times the lengths
-of values, then pooling, z-score and blend. Nothing waits for the device. What the kernels compute is defined in
-`reference` and `Compactor`.
+Before RoPE: leverage and direction from the same passes over the keys, then their z-scores with weights. After RoPE:
+attention inside chunks times the lengths of values, then pooling, z-score and blend. Nothing waits for the device. What
+the kernels compute is defined in `reference` and `Compactor`.
 
 Shape suffixes: T tokens of the call, B sequences, H query heads, K KV heads, D head dimension.
 """
@@ -10,15 +10,13 @@ Shape suffixes: T tokens of the call, B sequences, H query heads, K KV heads, D 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from compactor_vllm.compression.chunk_attention_kernel import chunk_attention_scores
-from compactor_vllm.compression.direction_kernel import direction_scores
-from compactor_vllm.compression.leverage_kernel import MAX_COLUMNS, leverage_scores
-from compactor_vllm.compression.reference import standardize_shared
+from compactor_vllm.compression.leverage_kernel import MAX_COLUMNS, key_scores
 from compactor_vllm.compression.zscore_kernel import standardize
 
 if TYPE_CHECKING:
@@ -44,21 +42,29 @@ def pre_rope_scores(method: Compactor, k_TKD: Tensor, context: ScoringContext) -
     Raises:
         InvalidInputError: the keys have the wrong shape, dtype or device.
     """
-    chunk, borders_B1 = method.leverage_tokens(context), context.cu_seqlens
-    domain = {"domain": method.leverage_zscore, "chunk": chunk, "counted_T": _counted(method, context)}
-    scores_TK = None
-    if method.leverage_weight != 0:
-        phi_DS = context.sketch(method.sketch_size)
-        leverage_TK = leverage_scores(k_TKD, phi_DS, borders_B1, chunk=chunk, ridge=method.ridge)
-        removed = method.leverage_weight == "removed"
-        weight = _removed(context.spans, k_TKD.device) if removed else float(method.leverage_weight)
-        scores_TK = _standardize(context, leverage_TK, weight=weight, **domain)
-    if method.direction_weight != 0:
-        direction_TK = direction_scores(k_TKD, borders_B1, chunk=chunk)
-        scores_TK = _standardize(
-            context, direction_TK, weight=float(method.direction_weight), base_TK=scores_TK, **domain
-        )
-    return scores_TK
+    leverage, direction = method.leverage_weight != 0, method.direction_weight != 0
+    if not leverage and not direction:
+        return None
+    removed = method.leverage_weight == "removed"
+    weight = _removed(context.spans, k_TKD.device) if removed else float(method.leverage_weight)
+    chunk = method.leverage_tokens(context)
+    scores_NTK = key_scores(
+        k_TKD,
+        context.sketch(method.sketch_size) if leverage else None,
+        context.cu_seqlens,
+        chunk=chunk,
+        ridge=method.ridge,
+        direction=direction,
+    )
+    return standardize(
+        scores_NTK,
+        context.cu_seqlens,
+        domain=method.leverage_zscore,
+        chunk=chunk,
+        counted_T=_counted(method, context),
+        weights=((weight,) if leverage else ()) + ((float(method.direction_weight),) if direction else ()),
+        heads=context.heads,
+    )
 
 
 def post_rope_scores(
@@ -92,23 +98,17 @@ def post_rope_scores(
         reduction=method.group_reduction,
         v_TKD=v_TKD if method.value_weighting else None,
     )
-    return _standardize(
-        context,
-        received_TK,
+    return standardize(
+        received_TK[None],
+        context.cu_seqlens,
         domain=method.attention_zscore,
         chunk=method.attention_chunk,
         counted_T=_counted(method, context),
-        weight=float(method.attention_weight),
+        weights=(float(method.attention_weight),),
         base_TK=pre_rope_scores_TK,
         pool_width=method.pool,
+        heads=context.heads,
     )
-
-
-def _standardize(context: ScoringContext, x_TK: Tensor, **options: Any) -> Tensor:
-    """`standardize` over the layer's heads, of which other ranks may hold some."""
-    if context.heads is None:
-        return standardize(x_TK, context.cu_seqlens, **options)
-    return standardize_shared(x_TK, context.spans, context.heads, **options)
 
 
 def _counted(method: Compactor, context: ScoringContext) -> Tensor | None:

@@ -119,7 +119,7 @@ def _consumer(
         if begin < end:
             slot = index & 1
             blocks = (end - begin + ROWS - 1) // ROWS
-            folded = _fold(gl.zeros([ROWS, KEYS], gl.float32, s_layout), KEYS)
+            folded = _halves(gl.zeros([ROWS, KEYS], gl.float32, s_layout), KEYS)[0]
             mbarrier.wait(k_full.index(slot), (index >> 1) & 1)
             for step in range((count + WARPGROUP) & 1, GROUP * blocks, 2):
                 stage = (count + step) % Q_STAGES
@@ -141,7 +141,7 @@ def _consumer(
                 sums = gl.sum(gl.sum(gl.sum(_apart(p, KEYS), axis=2), axis=1), axis=1)
                 sums = gl.convert_layout(sums, gl.SliceLayout(1, s_layout))
                 row = begin + step // GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
-                folded += _fold(p * gl.where(row < end, 1.0 / sums, 0.0)[:, None], KEYS)
+                folded = _add_folded(folded, p, gl.where(row < end, 1.0 / sums, 0.0), KEYS)
             count += GROUP * blocks
             mbarrier.arrive(k_empty.index(slot), count=1)
             received = gl.convert_layout(gl.sum(gl.sum(folded, axis=1), axis=0), flat)
@@ -172,9 +172,19 @@ def _apart(x, KEYS: gl.constexpr):
 
 
 @gluon.jit
-def _fold(p, KEYS: gl.constexpr):
-    """Sums of the two rows of each column that one thread holds: [warps, lanes, KEYS]."""
-    return gl.sum(p.reshape([ROWS // 16, 2, 8, KEYS]), axis=1)
+def _halves(p, KEYS: gl.constexpr):
+    """The two rows of each column that one thread holds: twice [warps, lanes, KEYS]."""
+    return gl.split(p.reshape([ROWS // 16, 2, 8, KEYS]).permute([0, 2, 3, 1]))
+
+
+@gluon.jit
+def _add_folded(folded, p, weight, KEYS: gl.constexpr):
+    """folded + the weighted sum of the two rows of each column, two fused multiply-adds an element of the sum."""
+    first, second = _halves(p, KEYS)
+    first_weight, second_weight = gl.split(weight.reshape([ROWS // 16, 2, 8]).permute([0, 2, 1]))
+    like: gl.constexpr = gl.SliceLayout(2, first.type.layout)
+    folded += first * gl.convert_layout(first_weight, like)[:, :, None]
+    return folded + second * gl.convert_layout(second_weight, like)[:, :, None]
 
 
 @gluon.jit(do_not_specialize=["num_items"])

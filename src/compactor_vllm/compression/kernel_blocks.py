@@ -42,16 +42,16 @@ def _blocks_of(lane, valid, cu_seqlens_ptr, unit, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def locate_block(index, cu_seqlens_ptr, num_seqs, unit, BLOCK: tl.constexpr):
-    """Sequence of block `index` and the number of that sequence's first block.
+def locate_block(index, cu_seqlens_ptr, num_seqs, unit, BLOCK: tl.constexpr, LANES: tl.constexpr = 128):
+    """Sequence of block `index` and the number of that sequence's first block, LANES sequences at a time.
 
-    The sequence is `num_seqs` for an index beyond the last block.
+    The sequence is `num_seqs` for an index beyond the last block. With 32 lanes no warp waits for another.
     """
     sequence = 0
     first_block = 0
     seen = 0
-    for start in range(0, num_seqs, 128):
-        lane = start + tl.arange(0, 128)
+    for start in range(0, num_seqs, LANES):
+        lane = start + tl.arange(0, LANES)
         blocks = _blocks_of(lane, lane < num_seqs, cu_seqlens_ptr, unit, BLOCK)
         ends = seen + tl.cumsum(blocks, 0)
         passed = (lane < num_seqs) & (ends <= index)
@@ -62,11 +62,11 @@ def locate_block(index, cu_seqlens_ptr, num_seqs, unit, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def blocks_before(sequence, cu_seqlens_ptr, unit, BLOCK: tl.constexpr):
-    """Number of the first block of `sequence`."""
+def blocks_before(sequence, cu_seqlens_ptr, unit, BLOCK: tl.constexpr, LANES: tl.constexpr = 128):
+    """Number of the first block of `sequence`, LANES sequences at a time."""
     seen = 0
-    for start in range(0, sequence, 128):
-        lane = start + tl.arange(0, 128)
+    for start in range(0, sequence, LANES):
+        lane = start + tl.arange(0, LANES)
         seen += tl.sum(_blocks_of(lane, lane < sequence, cu_seqlens_ptr, unit, BLOCK), 0)
     return seen
 
@@ -85,7 +85,7 @@ def block_tokens(block, first_token, length, unit, BLOCK: tl.constexpr):
 @triton.jit
 def tokens_of(index, cu_seqlens_ptr, num_seqs, unit, BLOCK: tl.constexpr):
     """Sequence of a block, the block's number in it, and its tokens [begin, end)."""
-    sequence, first_block = locate_block(index, cu_seqlens_ptr, num_seqs, unit, BLOCK)
+    sequence, first_block = locate_block(index, cu_seqlens_ptr, num_seqs, unit, BLOCK, LANES=32)
     live = sequence < num_seqs
     first_token = tl.load(cu_seqlens_ptr + sequence, mask=live, other=0)
     length = tl.load(cu_seqlens_ptr + sequence + 1, mask=live, other=0) - first_token

@@ -1,14 +1,15 @@
-"""Triton version of `reference.leverage_scores`, for a batch of sequences.
+"""Triton versions of `reference.leverage_scores` and `reference.direction_scores`, for a batch of sequences.
 
 All products are as exact as float32 products, though tensor cores take them (`leverage_math`). The Gram matrix G of a
-chunk's centred sketch is factored as L D Lᵀ inside one program; with W = D^-1/2 L⁻¹, leverage is ‖W (k - μ) Φ‖², a sum
-of squares that rounding cannot make negative, taken with the one projection Φ Wᵀ. Directions that rounding leaves no
-trace of (pivots below 1e-6 of their diagonal) count as absent.
+chunk's centred sketch is factored as L D Lᵀ; with W = D^-1/2 L⁻¹, leverage is ‖W (k - μ) Φ‖², a sum of squares that
+rounding cannot make negative, taken with the one projection Φ Wᵀ. Directions that rounding leaves no trace of (pivots
+below 1e-6 of their diagonal) count as absent.
 
-A chunk of up to `fused_chunk` tokens is one program: its keys are read from memory once, then from the L2 cache.
-Longer ones take four launches: moments of blocks, their merge, its factor, leverage.
+Up to four launches, of which each score needs some: moments of blocks of tokens, their merge into chunks, the factor,
+scores. Keys are read twice, for one score or for both. Sums are taken in a fixed order and blocks begin with their
+sequence, so a score depends neither on the run nor on the rest of the batch.
 
-Shape suffixes: T tokens, B sequences, K KV heads, D head dimension, S sketch columns (padded with zeros).
+Shape suffixes: N scores, T tokens, B sequences, K KV heads, D head dimension, S sketch columns (padded with zeros).
 """
 
 from __future__ import annotations
@@ -22,21 +23,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compactor_vllm.compression.kernel_blocks import (
-    WHOLE,
-    blocks_before,
-    capability_of,
-    max_blocks,
-    tokens_of,
-)
-from compactor_vllm.compression.leverage_math import chunk_moments, store_leverage, whitening
+from compactor_vllm.compression.kernel_blocks import WHOLE, blocks_before, capability_of, max_blocks, tokens_of
+from compactor_vllm.compression.leverage_math import block_moments, store_scores, whiten
+from compactor_vllm.compression.reference import COSINE_STEPS
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_tensor
 
 MAX_COLUMNS = 127
-_BLOCK = 1024  # tokens of a program of the long path
-_FACTOR_WARPS = 4
-_SLICE, _MERGED = 16, 4  # rows of a matrix that a program merges, and blocks that it adds at a time
+_BLOCK = 1024  # tokens of a program
+_SLICES = tl.constexpr(16)  # programs that merge a chunk
+_MERGED = 16  # blocks that they add at a time
 _INTERPRETER_TERM = torch.float32  # Triton's interpreter has no bfloat16 products
 _KEY_TERMS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
@@ -57,59 +53,69 @@ def leverage_scores(k_TKD: Tensor, phi_DS: Tensor, cu_seqlens_B1: Tensor, *, chu
     Raises:
         InvalidInputError: an argument is wrong.
     """
+    return key_scores(k_TKD, phi_DS, cu_seqlens_B1, chunk=chunk, ridge=ridge, direction=False)[0]
+
+
+def key_scores(
+    k_TKD: Tensor, phi_DS: Tensor | None, cu_seqlens_B1: Tensor, *, chunk: int | None, ridge: float, direction: bool
+) -> Tensor:
+    """Leverage, unless there is no sketch, and direction, if it is asked for: float32 [N, T, K], N 1 or 2.
+
+    Arguments and errors are those of `leverage_scores`; direction is what `reference.direction_scores` defines.
+    """
     check_tensor("k_TKD", k_TKD, (None, None, None), FLOAT_TYPES)
     num_tokens, num_kv_heads, dim = k_TKD.shape
-    check_tensor("phi_DS", phi_DS, (dim, None), (torch.float32,), k_TKD.device)
+    if phi_DS is not None:
+        check_tensor("phi_DS", phi_DS, (dim, None), (torch.float32,), k_TKD.device)
+        if not 1 <= phi_DS.shape[1] <= MAX_COLUMNS:
+            raise InvalidInputError(f"phi_DS must have 1 to {MAX_COLUMNS} columns, not {phi_DS.shape[1]}")
     check_tensor("cu_seqlens_B1", cu_seqlens_B1, (None,), (torch.int32,), k_TKD.device)
-    columns, num_seqs = phi_DS.shape[1], cu_seqlens_B1.shape[0] - 1
-    if not 1 <= columns <= MAX_COLUMNS:
-        raise InvalidInputError(f"phi_DS must have 1 to {MAX_COLUMNS} columns, not {columns}")
     if chunk is not None and chunk < 1:
         raise InvalidInputError(f"chunk must be at least 1, not {chunk}")
-    out_TK = torch.empty(num_tokens, num_kv_heads, dtype=torch.float32, device=k_TKD.device)
-    if num_tokens == 0:
-        return out_TK
-    phi = _sketch_terms(phi_DS, torch.bfloat16 if k_TKD.is_cuda else _INTERPRETER_TERM)
-    unit = WHOLE if chunk is None else min(chunk, WHOLE)
+    shape = ((phi_DS is not None) + direction, num_tokens, num_kv_heads)
+    out_NTK = torch.empty(shape, dtype=torch.float32, device=k_TKD.device)
+    if num_tokens:
+        _launch(k_TKD, phi_DS, cu_seqlens_B1, out_NTK, min(chunk or WHOLE, WHOLE), float(ridge), direction)
+    return out_NTK
+
+
+def _launch(
+    k_TKD: Tensor,
+    phi_DS: Tensor | None,
+    cu_seqlens_B1: Tensor,
+    out_NTK: Tensor,
+    unit: int,
+    ridge: float,
+    direction: bool,
+) -> None:
+    """The launches of `key_scores`, for chunks of `unit` tokens."""
+    (num_tokens, num_kv_heads, dim), num_seqs = k_TKD.shape, cu_seqlens_B1.shape[0] - 1
+    term = torch.bfloat16 if k_TKD.is_cuda else _INTERPRETER_TERM
+    if phi_DS is None:  # nothing is read of what gives direction alone its shapes
+        columns, phi = 0, k_TKD.new_empty(1, 16, max(16, triton.next_power_of_2(dim)), dtype=term)
+    else:
+        columns, phi = phi_DS.shape[1], _sketch_terms(phi_DS, term)
+    padded, dim_padded = phi.shape[1:]
     config = default_leverage_config(capability_of(k_TKD.device), k_TKD.dtype, dim, phi.shape[0] == 1)
-    padded = phi.shape[1]
-    constants = {
-        "NUM_KV_HEADS": num_kv_heads,
-        "DIM": dim,
-        "DIM_PADDED": phi.shape[2],
-        "COLUMNS": columns,
-        "PADDED": padded,
-        "KEY_TERMS": _KEY_TERMS[k_TKD.dtype],
-        "PHI_TERMS": phi.shape[0],
-        "PROJECT": config.project,
-        "ROWS": config.rows,
-    }
-    options = {"num_warps": 4 if padded <= 64 else 8, "num_stages": config.num_stages}
-    units = max_blocks(num_tokens, num_seqs, WHOLE, unit)
-    if min(unit, num_tokens) <= config.fused_chunk:
-        _leverage_kernel[(units * num_kv_heads,)](
-            k_TKD, phi, cu_seqlens_B1, out_TK, num_seqs, unit, float(ridge), **constants, **options
-        )
-        return out_TK
-    blocks = max_blocks(num_tokens, num_seqs, _BLOCK, unit)
-    parts = torch.empty(blocks, num_kv_heads, padded + 1, padded, dtype=torch.float32, device=k_TKD.device)
+    heads = {"NUM_KV_HEADS": num_kv_heads, "DIM_PADDED": dim_padded, "COLUMNS": columns, "PADDED": padded}
+    heads |= {"DIRECTION": direction, "BLOCK": _BLOCK}
+    tiles = {"DIM": dim, "KEY_TERMS": _KEY_TERMS[k_TKD.dtype], "PHI_TERMS": phi.shape[0], "ROWS": config.rows}
+    options = {"STAGES": config.num_stages, "num_warps": config.num_warps * max(1, padded // 64)}
+    blocks, units = max_blocks(num_tokens, num_seqs, _BLOCK, unit), max_blocks(num_tokens, num_seqs, WHOLE, unit)
+    size = padded * (padded + 1) + dim_padded
+    parts = torch.empty(blocks, num_kv_heads, size, dtype=torch.float32, device=k_TKD.device)
+    inverse_KT = out_NTK.new_empty(num_kv_heads, num_tokens) if direction else out_NTK
     grid = (blocks * num_kv_heads,)  # heads first: programs that run together read whole rows of memory
-    _moments_kernel[grid](k_TKD, phi, cu_seqlens_B1, parts, num_seqs, unit, **constants, BLOCK=_BLOCK, **options)
-    factors = parts  # where every unit is a block
+    common = (cu_seqlens_B1, num_tokens, num_seqs, unit)
+    _moments_kernel[grid](k_TKD, phi, parts, inverse_KT, *common, **heads, **tiles, **options)
+    chunks = parts  # where every unit is a block
     if min(unit, num_tokens) > _BLOCK:
-        factors = torch.empty(units, num_kv_heads, padded + 1, padded, dtype=torch.float32, device=k_TKD.device)
-        _merge_kernel[(units * num_kv_heads, padded // _SLICE)](
-            cu_seqlens_B1, parts, factors, num_seqs, unit,
-            NUM_KV_HEADS=num_kv_heads, PADDED=padded, BLOCK=_BLOCK, SLICE=_SLICE, MERGED=_MERGED, **options,
-        )  # fmt: skip
-    _factor_kernel[(units * num_kv_heads,)](
-        cu_seqlens_B1, factors, num_seqs, unit, float(ridge),
-        NUM_KV_HEADS=num_kv_heads, COLUMNS=columns, PADDED=padded, num_warps=_FACTOR_WARPS,
-    )  # fmt: skip
-    _apply_kernel[grid](
-        k_TKD, phi, cu_seqlens_B1, factors, out_TK, num_seqs, unit, **constants, BLOCK=_BLOCK, **options
-    )
-    return out_TK
+        chunks = torch.empty(units, num_kv_heads, size, dtype=torch.float32, device=k_TKD.device)
+        _merge_kernel[(units * num_kv_heads, 16)](parts, chunks, *common, **heads, MERGED=_MERGED, num_warps=4)
+    if columns:
+        _factor_kernel[(units * num_kv_heads,)](phi, chunks, *common, ridge, **heads, num_warps=1)
+    tiles |= {"STEPS": COSINE_STEPS, "PROJECT": config.project and columns > 0}
+    _scores_kernel[grid](k_TKD, phi, chunks, inverse_KT, out_NTK[0], out_NTK[-1], *common, **heads, **tiles, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,14 +125,14 @@ class LeverageConfig:
     Attributes:
         rows: tokens of a step.
         project: whether leverage is taken with the one projection Φ Wᵀ, fewer products but more registers.
-        fused_chunk: longest chunk that one program works on alone; 0: none.
         num_stages: steps that loads run ahead.
+        num_warps: of a program, for every 64 columns of the sketch.
     """
 
     rows: int
     project: bool
-    fused_chunk: int
     num_stages: int
+    num_warps: int = 4
 
 
 def default_leverage_config(
@@ -134,17 +140,15 @@ def default_leverage_config(
 ) -> LeverageConfig:
     """The configuration for a card ((0, 0) is the interpreter), keys' type, head dimension and kind of sketch."""
     small = dim <= 128 and dtype.itemsize == 2
-    if capability[0] == 10 and small:  # Triton 3.7 cannot compile the fused kernel for it
-        return LeverageConfig(rows=64, project=True, fused_chunk=0, num_stages=1)
+    if capability[0] == 10 and small:
+        return LeverageConfig(rows=64, project=True, num_stages=1)
     if capability[0] == 9 and small:
-        # Wider heads, and more terms of keys or sketch, overflow the fused kernel's registers.
-        fused = exact_sketch and dtype == torch.bfloat16 and dim <= 64
-        rows = 64 if dtype == torch.bfloat16 else 32
-        return LeverageConfig(rows=rows, project=True, fused_chunk=1024 if fused else 0, num_stages=3)
-    rows = 16 if dtype == torch.float32 and capability[0] not in (9, 10) else 32
-    fused_chunk = 1024 if capability == (0, 0) else 0
+        return LeverageConfig(rows=64 if dtype == torch.bfloat16 else 32, project=True, num_stages=3)
+    # Steps of 32 tokens overflow the registers where both scores are taken from wide heads, or from more than one term.
+    short = dim > 128 if capability[0] == 10 else dtype != torch.bfloat16 and capability[0] != 9
     num_stages = 2 if small and dtype == torch.bfloat16 and exact_sketch else 1
-    return LeverageConfig(rows=rows, project=False, fused_chunk=fused_chunk, num_stages=num_stages)
+    num_warps = 8 if short and dtype == torch.float32 else 4
+    return LeverageConfig(rows=16 if short else 32, project=False, num_stages=num_stages, num_warps=num_warps)
 
 
 _SKETCH_TERMS: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
@@ -172,127 +176,131 @@ def _sketch_terms(phi_DS: Tensor, dtype: torch.dtype) -> Tensor:
     return terms
 
 
-@triton.jit(do_not_specialize=["num_seqs"])
-def _leverage_kernel(
-    k_ptr, phi_ptr, cu_seqlens_ptr, out_ptr, num_seqs, unit, ridge,
-    NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, COLUMNS: tl.constexpr,
-    PADDED: tl.constexpr, KEY_TERMS: tl.constexpr, PHI_TERMS: tl.constexpr, PROJECT: tl.constexpr,
-    ROWS: tl.constexpr,
-):  # fmt: skip
-    """One program a (chunk, head)."""
-    index = tl.program_id(0) // NUM_KV_HEADS
-    head = tl.program_id(0) % NUM_KV_HEADS
-    sequence, _, begin, end = tokens_of(index, cu_seqlens_ptr, num_seqs, unit, 1 << 30)
-    if sequence < num_seqs:
-        mean, gram = chunk_moments(
-            k_ptr, phi_ptr, begin, end, head, NUM_KV_HEADS, DIM, DIM_PADDED, COLUMNS, PADDED, KEY_TERMS, PHI_TERMS, ROWS
-        )
-        whitener = whitening(gram, mean, end - begin, ridge, COLUMNS, PADDED)
-        store_leverage(
-            k_ptr, phi_ptr, out_ptr, begin, end, head, mean, whitener,
-            NUM_KV_HEADS, DIM, DIM_PADDED, PADDED, KEY_TERMS, PHI_TERMS, PROJECT, ROWS,
-        )  # fmt: skip
-
-
 @triton.jit
-def _matrix_pointers(base_ptr, index, head, NUM_KV_HEADS: tl.constexpr, PADDED: tl.constexpr):
-    """Pointers to the [PADDED, PADDED] matrix of a (block or unit, head), and to the vector behind it."""
-    lane = tl.arange(0, PADDED)
-    begin = base_ptr + (index.to(tl.int64) * NUM_KV_HEADS + head) * ((PADDED + 1) * PADDED)
-    return begin + lane[:, None] * PADDED + lane[None, :], begin + PADDED * PADDED + lane
+def _place(base_ptr, index, head, NUM_KV_HEADS: tl.constexpr, DIM_PADDED: tl.constexpr, PADDED: tl.constexpr):
+    """Where a (block or unit, head) keeps its [PADDED, PADDED] matrix, then the mean, then the sum of unit keys."""
+    return base_ptr + (index.to(tl.int64) * NUM_KV_HEADS + head) * (PADDED * (PADDED + 1) + DIM_PADDED)
 
 
-@triton.jit(do_not_specialize=["num_seqs"])
+@triton.jit(do_not_specialize=["num_tokens", "num_seqs"])
 def _moments_kernel(
-    k_ptr, phi_ptr, cu_seqlens_ptr, parts_ptr, num_seqs, unit,
+    k_ptr, phi_ptr, parts_ptr, inverse_ptr, cu_seqlens_ptr, num_tokens, num_seqs, unit,
     NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, COLUMNS: tl.constexpr,
-    PADDED: tl.constexpr, KEY_TERMS: tl.constexpr, PHI_TERMS: tl.constexpr, PROJECT: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    PADDED: tl.constexpr, KEY_TERMS: tl.constexpr, PHI_TERMS: tl.constexpr, DIRECTION: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Mean and centred Gram matrix of the sketch of one block of tokens."""
+    """Mean and centred Gram matrix of the sketch of one block of tokens, and its sum of unit keys."""
     index = tl.program_id(0) // NUM_KV_HEADS
     head = tl.program_id(0) % NUM_KV_HEADS
     sequence, _, begin, end = tokens_of(index, cu_seqlens_ptr, num_seqs, unit, BLOCK)
     if sequence < num_seqs:
-        mean, gram = chunk_moments(
-            k_ptr, phi_ptr, begin, end, head, NUM_KV_HEADS, DIM, DIM_PADDED, COLUMNS, PADDED, KEY_TERMS, PHI_TERMS, ROWS
-        )
-        matrix, vector = _matrix_pointers(parts_ptr, index, head, NUM_KV_HEADS, PADDED)
-        tl.store(matrix, gram)
-        tl.store(vector, mean)
+        mean, gram, units = block_moments(
+            k_ptr, phi_ptr, inverse_ptr + head.to(tl.int64) * num_tokens, begin, end, head,
+            NUM_KV_HEADS, DIM, DIM_PADDED, COLUMNS, PADDED, KEY_TERMS, PHI_TERMS, DIRECTION, ROWS, STAGES,
+        )  # fmt: skip
+        lane = tl.arange(0, PADDED)
+        place = _place(parts_ptr, index, head, NUM_KV_HEADS, DIM_PADDED, PADDED)
+        if COLUMNS:
+            tl.store(place + lane[:, None] * PADDED + lane[None, :], gram)
+            tl.store(place + PADDED * PADDED + lane, mean)
+        if DIRECTION:
+            tl.store(place + PADDED * (PADDED + 1) + tl.arange(0, DIM_PADDED), units)
 
 
-@triton.jit(do_not_specialize=["num_seqs"])
+@triton.jit(do_not_specialize=["num_tokens", "num_seqs"])
 def _merge_kernel(
-    cu_seqlens_ptr, parts_ptr, merged_ptr, num_seqs, unit,
-    NUM_KV_HEADS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, SLICE: tl.constexpr, MERGED: tl.constexpr,
+    parts_ptr, merged_ptr, cu_seqlens_ptr, num_tokens, num_seqs, unit,
+    NUM_KV_HEADS: tl.constexpr, DIM_PADDED: tl.constexpr, COLUMNS: tl.constexpr, PADDED: tl.constexpr,
+    DIRECTION: tl.constexpr, BLOCK: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
-    """Merges a chunk's blocks, μ = Σ n_i μ_i / n and G = Σ (G_i + n_i (μ_i - μ)(μ_i - μ)ᵀ): SLICE rows of G."""
+    """Merges a chunk's blocks, μ = Σ n_i μ_i / n and G = Σ (G_i + n_i (μ_i - μ)(μ_i - μ)ᵀ): a slice of everything."""
     index = tl.program_id(0) // NUM_KV_HEADS
     head = tl.program_id(0) % NUM_KV_HEADS
     sequence, number, begin, end = tokens_of(index, cu_seqlens_ptr, num_seqs, unit, 1 << 30)
     if sequence < num_seqs:
-        per_unit = (unit + BLOCK - 1) // BLOCK
-        first = blocks_before(sequence, cu_seqlens_ptr, unit, BLOCK) + number * per_unit
+        first = blocks_before(sequence, cu_seqlens_ptr, unit, BLOCK, LANES=32)
+        first += number * ((unit + BLOCK - 1) // BLOCK)
         blocks = (end - begin + BLOCK - 1) // BLOCK
-        lane, row = tl.arange(0, PADDED), tl.program_id(1) * SLICE + tl.arange(0, SLICE)
-        size = (PADDED + 1) * PADDED
-        vectors = parts_ptr + (first.to(tl.int64) * NUM_KV_HEADS + head) * size + PADDED * PADDED
+        source = _place(parts_ptr, first, head, NUM_KV_HEADS, DIM_PADDED, PADDED)
+        target = _place(merged_ptr, index, head, NUM_KV_HEADS, DIM_PADDED, PADDED)
+        stride = NUM_KV_HEADS * (PADDED * (PADDED + 1) + DIM_PADDED)
+        lane, row = tl.arange(0, PADDED), tl.program_id(1) * (PADDED // _SLICES) + tl.arange(0, PADDED // _SLICES)
+        dims = tl.program_id(1) * (DIM_PADDED // _SLICES) + tl.arange(0, DIM_PADDED // _SLICES)
+        means, keys = source + PADDED * PADDED, source + PADDED * (PADDED + 1)
         mean = tl.zeros((PADDED,), tl.float32)
-        slice_mean = tl.zeros((SLICE,), tl.float32)
-        for start in range(0, blocks, 16):
-            block = start + tl.arange(0, 16)
+        slice_mean = tl.zeros((PADDED // _SLICES,), tl.float32)
+        units = tl.zeros((DIM_PADDED // _SLICES,), tl.float32)
+        for start in range(0, blocks, 32):
+            block = start + tl.arange(0, 32)
+            valid, skip = (block < blocks)[:, None], (block.to(tl.int64) * stride)[:, None]
             share = tl.minimum(end - begin - block * BLOCK, BLOCK).to(tl.float32) / tl.maximum(end - begin, 1)
-            place, valid = vectors + (block * NUM_KV_HEADS * size)[:, None], (block < blocks)[:, None]
-            mean += tl.sum(tl.load(place + lane[None, :], mask=valid, other=0.0) * share[:, None], 0)
-            slice_mean += tl.sum(tl.load(place + row[None, :], mask=valid, other=0.0) * share[:, None], 0)
-        gram = tl.zeros((SLICE, PADDED), tl.float32)
-        for start in range(0, blocks, MERGED):
-            block = start + tl.arange(0, MERGED)
-            count = tl.where(block < blocks, tl.minimum(end - begin - block * BLOCK, BLOCK), 0).to(tl.float32)
-            place, valid = vectors + (block * NUM_KV_HEADS * size)[:, None], (block < blocks)[:, None]
-            across = tl.load(place + lane[None, :], mask=valid, other=0.0) - mean[None, :]
-            down = (tl.load(place + row[None, :], mask=valid, other=0.0) - slice_mean[None, :]) * count[:, None]
-            matrices = place[:, :, None] + (row * PADDED)[None, :, None] + lane[None, None, :] - PADDED * PADDED
-            part = tl.load(matrices, mask=valid[:, :, None], other=0.0)
-            gram += tl.sum(part + down[:, :, None] * across[:, None, :], 0)
-        target = merged_ptr + (index.to(tl.int64) * NUM_KV_HEADS + head) * size
-        tl.store(target + row[:, None] * PADDED + lane[None, :], gram)
-        tl.store(target + PADDED * PADDED + row, slice_mean)
+            if COLUMNS:
+                mean += tl.sum(tl.load(means + skip + lane[None, :], mask=valid, other=0.0) * share[:, None], 0)
+                slice_mean += tl.sum(tl.load(means + skip + row[None, :], mask=valid, other=0.0) * share[:, None], 0)
+            if DIRECTION:
+                units += tl.sum(tl.load(keys + skip + dims[None, :], mask=valid, other=0.0), 0)
+        if COLUMNS:
+            gram = tl.zeros((PADDED // _SLICES, PADDED), tl.float32)
+            for start in range(0, blocks, MERGED):
+                block = start + tl.arange(0, MERGED)
+                valid, skip = (block < blocks)[:, None], (block.to(tl.int64) * stride)[:, None]
+                count = tl.where(block < blocks, tl.minimum(end - begin - block * BLOCK, BLOCK), 0).to(tl.float32)
+                across = tl.load(means + skip + lane[None, :], mask=valid, other=0.0) - mean[None, :]
+                down = tl.load(means + skip + row[None, :], mask=valid, other=0.0) - slice_mean[None, :]
+                matrices = source + skip[:, :, None] + (row * PADDED)[None, :, None] + lane[None, None, :]
+                part = tl.load(matrices, mask=valid[:, :, None], other=0.0)
+                gram += tl.sum(part + (down * count[:, None])[:, :, None] * across[:, None, :], 0)
+            tl.store(target + row[:, None] * PADDED + lane[None, :], gram)
+            tl.store(target + PADDED * PADDED + row, slice_mean)
+        if DIRECTION:
+            tl.store(target + PADDED * (PADDED + 1) + dims, units)
 
 
-@triton.jit(do_not_specialize=["num_seqs"])
+@triton.jit(do_not_specialize=["num_tokens", "num_seqs"])
 def _factor_kernel(
-    cu_seqlens_ptr, factors_ptr, num_seqs, unit, ridge,
-    NUM_KV_HEADS: tl.constexpr, COLUMNS: tl.constexpr, PADDED: tl.constexpr,
+    phi_ptr, chunks_ptr, cu_seqlens_ptr, num_tokens, num_seqs, unit, ridge,
+    NUM_KV_HEADS: tl.constexpr, DIM_PADDED: tl.constexpr, COLUMNS: tl.constexpr, PADDED: tl.constexpr,
+    DIRECTION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Puts a chunk's whitener in the place of its Gram matrix."""
     index = tl.program_id(0) // NUM_KV_HEADS
     head = tl.program_id(0) % NUM_KV_HEADS
     sequence, _, begin, end = tokens_of(index, cu_seqlens_ptr, num_seqs, unit, 1 << 30)
     if sequence < num_seqs:
-        matrix, vector = _matrix_pointers(factors_ptr, index, head, NUM_KV_HEADS, PADDED)
-        tl.store(matrix, whitening(tl.load(matrix), tl.load(vector), end - begin, ridge, COLUMNS, PADDED))
+        place = _place(chunks_ptr, index, head, NUM_KV_HEADS, DIM_PADDED, PADDED)
+        whiten(place, place + PADDED * PADDED, end - begin, ridge, COLUMNS, PADDED, phi_ptr.dtype.element_ty)
 
 
-@triton.jit(do_not_specialize=["num_seqs"])
-def _apply_kernel(
-    k_ptr, phi_ptr, cu_seqlens_ptr, factors_ptr, out_ptr, num_seqs, unit,
+@triton.jit(do_not_specialize=["num_tokens", "num_seqs"])
+def _scores_kernel(
+    k_ptr, phi_ptr, chunks_ptr, inverse_ptr, leverage_ptr, direction_ptr, cu_seqlens_ptr, num_tokens, num_seqs, unit,
     NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, COLUMNS: tl.constexpr,
-    PADDED: tl.constexpr, KEY_TERMS: tl.constexpr, PHI_TERMS: tl.constexpr, PROJECT: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    PADDED: tl.constexpr, KEY_TERMS: tl.constexpr, PHI_TERMS: tl.constexpr, DIRECTION: tl.constexpr,
+    STEPS: tl.constexpr, PROJECT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Leverage of one block of tokens."""
+    """Leverage and direction of one block of tokens."""
     index = tl.program_id(0) // NUM_KV_HEADS
     head = tl.program_id(0) % NUM_KV_HEADS
     sequence, number, begin, end = tokens_of(index, cu_seqlens_ptr, num_seqs, unit, BLOCK)
     if sequence < num_seqs:
-        in_unit = number // ((unit + BLOCK - 1) // BLOCK)
-        factor = blocks_before(sequence, cu_seqlens_ptr, unit, 1 << 30) + in_unit
-        matrix, vector = _matrix_pointers(factors_ptr, factor, head, NUM_KV_HEADS, PADDED)
-        store_leverage(
-            k_ptr, phi_ptr, out_ptr, begin, end, head, tl.load(vector), tl.load(matrix),
-            NUM_KV_HEADS, DIM, DIM_PADDED, PADDED, KEY_TERMS, PHI_TERMS, PROJECT, ROWS,
+        chunk = blocks_before(sequence, cu_seqlens_ptr, unit, 1 << 30, LANES=32)
+        chunk += number // ((unit + BLOCK - 1) // BLOCK)
+        place = _place(chunks_ptr, chunk, head, NUM_KV_HEADS, DIM_PADDED, PADDED)
+        lane = tl.arange(0, PADDED)
+        whitener = tl.zeros((PADDED, PADDED), tl.float32)
+        mean = tl.zeros((PADDED,), tl.float32)
+        units = tl.zeros((DIM_PADDED,), tl.float32)
+        if COLUMNS:
+            whitener = tl.load(place + lane[:, None] * PADDED + lane[None, :])
+            whitener = tl.where(lane[:, None] >= lane[None, :], whitener, 0.0)
+            mean = tl.load(place + PADDED * PADDED + lane)
+        if DIRECTION:
+            units = tl.load(place + PADDED * (PADDED + 1) + tl.arange(0, DIM_PADDED))
+        store_scores(
+            k_ptr, phi_ptr, inverse_ptr + head.to(tl.int64) * num_tokens, leverage_ptr, direction_ptr,
+            begin, end, head, mean, whitener, units,
+            NUM_KV_HEADS, DIM, DIM_PADDED, COLUMNS, PADDED, KEY_TERMS, PHI_TERMS, DIRECTION, STEPS, PROJECT,
+            ROWS, STAGES,
         )  # fmt: skip
 
 
@@ -300,20 +308,27 @@ def aot_signatures(
     capability: tuple[int, int] = (9, 0),
 ) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int, str]]:
     """Configurations for ahead-of-time compilation: (kernel, signature, constexprs, warps, stages, label)."""
-    special = {"cu_seqlens_ptr": "*i32", "num_seqs": "i32", "unit": "i32", "ridge": "fp32"}
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     for dtype, dim, terms in (("bf16", 128, 1), ("bf16", 128, 3), ("fp16", 128, 1), ("bf16", 64, 1), ("bf16", 256, 1),
                               ("fp32", 128, 1)):  # fmt: skip
-        pointers = {"k_ptr": f"*{dtype}", "phi_ptr": "*bf16", "out_ptr": "*fp32"}
-        config = default_leverage_config(capability, dtypes[dtype], dim, terms == 1)
-        shape = {"NUM_KV_HEADS": 8, "DIM": dim, "DIM_PADDED": dim, "COLUMNS": 48, "PADDED": 64, "BLOCK": _BLOCK}
-        shape |= {"SLICE": _SLICE, "MERGED": _MERGED}
-        shape |= {"KEY_TERMS": _KEY_TERMS[dtypes[dtype]], "PHI_TERMS": terms}
-        shape |= {"PROJECT": config.project, "ROWS": config.rows}
-        kernels = (_leverage_kernel,) if config.fused_chunk else ()
-        for kernel in (*kernels, _moments_kernel, _merge_kernel, _factor_kernel, _apply_kernel):
-            constants = {name: value for name, value in shape.items() if name in kernel.arg_names}
-            names = [name for name in kernel.arg_names if name not in constants]
-            signature = {name: pointers.get(name) or special.get(name) or "*fp32" for name in names}
-            label = f"leverage {kernel.__name__} {dtype} D{dim} sketch of {terms}"
-            yield kernel, signature, constants, 4, config.num_stages, label
+        label = f"{dtype} D{dim} sketch of {terms}"
+        yield from signatures(capability, dtype, dim, terms, {"COLUMNS": 48, "PADDED": 64, "DIRECTION": True}, label)
+
+
+def signatures(
+    capability: tuple[int, int], dtype: str, dim: int, terms: int, scores: dict[str, Any], label: str
+) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int, str]]:
+    """`aot_signatures` of the kernels that take part in the given scores."""
+    special = {"k_ptr": f"*{dtype}", "phi_ptr": "*bf16", "cu_seqlens_ptr": "*i32", "ridge": "fp32"}
+    torch_type = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    config = default_leverage_config(capability, torch_type, dim, terms == 1)
+    shape = {"NUM_KV_HEADS": 8, "DIM": dim, "DIM_PADDED": dim, "BLOCK": _BLOCK, "MERGED": _MERGED, **scores}
+    shape |= {"KEY_TERMS": _KEY_TERMS[torch_type], "PHI_TERMS": terms, "STEPS": COSINE_STEPS}
+    shape |= {"ROWS": config.rows, "STAGES": config.num_stages, "PROJECT": config.project and scores["COLUMNS"] > 0}
+    for kernel, warps in ((_moments_kernel, config.num_warps), (_merge_kernel, 4), (_factor_kernel, 1),
+                          (_scores_kernel, config.num_warps)):  # fmt: skip
+        if kernel is _factor_kernel and not scores["COLUMNS"]:
+            continue
+        constants = {name: value for name, value in shape.items() if name in kernel.arg_names}
+        names = [name for name in kernel.arg_names if name not in constants]
+        signature = {name: special.get(name) or ("*fp32" if name.endswith("_ptr") else "i32") for name in names}
+        yield kernel, signature, constants, warps, 1, f"leverage {kernel.__name__} {label}"

@@ -1,4 +1,4 @@
-"""Device functions of the leverage kernels: exact products of terms, Gram matrices and their factors.
+"""Device functions of the leverage and direction kernels: exact products of terms, moments, factors, scores.
 
 A float32 is the sum of three bfloat16 terms (`TERM`), a bfloat16 key is one; products of terms are exact in float32, so
 sums of products of terms are as exact as float32 products, at the speed of tensor cores. Sketches are held transposed,
@@ -10,14 +10,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+PANEL = tl.constexpr(16)
+"""Rows of a matrix that are eliminated together."""
+LEAST = tl.constexpr(1e-6)
+"""Pivots, of a matrix with a diagonal of ones, that rounding leaves no trace of."""
+
+
+@triton.jit
+def _leading(x, TERM: tl.constexpr):
+    """What a term holds of x, as a term and as a float32. Bits are cut off for bfloat16: cards round one at a time."""
+    if TERM == tl.bfloat16:  # noqa: SIM300
+        bits = x.to(tl.int32, bitcast=True)
+        return (bits >> 16).to(tl.int16).to(TERM, bitcast=True), (bits & -65536).to(tl.float32, bitcast=True)
+    return x.to(TERM), x.to(TERM).to(tl.float32)
+
 
 @triton.jit
 def _split(x, TERM: tl.constexpr):
     """Three terms whose sum is x to 2^-24."""
-    high = x.to(TERM)
-    x -= high.to(tl.float32)
-    middle = x.to(TERM)
-    return high, middle, (x - middle.to(tl.float32)).to(TERM)
+    high, known = _leading(x, TERM)
+    x -= known
+    middle, known = _leading(x, TERM)
+    return high, middle, (x - known).to(TERM)
 
 
 @triton.jit
@@ -58,143 +72,231 @@ def load_keys(
 
 @triton.jit
 def _sketch(
-    k, phi_ptr, DIM_PADDED: tl.constexpr, PADDED: tl.constexpr, KEY_TERMS: tl.constexpr, PHI_TERMS: tl.constexpr
-):
-    """(k Φ)ᵀ [PADDED, ROWS] in float32."""
+    k, phi, phi_ptr,
+    DIM_PADDED: tl.constexpr, PADDED: tl.constexpr, KEY_TERMS: tl.constexpr, PHI_TERMS: tl.constexpr,
+):  # fmt: skip
+    """(k Φ)ᵀ [PADDED, ROWS] in float32; `phi` is Φᵀ's first term."""
     acc = tl.zeros((PADDED, k.shape[0]), tl.float32)
     rest = k if KEY_TERMS == 1 else k.to(tl.float32)
     for i in tl.static_range(KEY_TERMS):
-        term = rest.to(phi_ptr.dtype.element_ty)
+        term = rest.to(phi.dtype)
         for j in tl.static_range(PHI_TERMS):
             if i + j < 3:
-                acc = tl.dot(_load_sketch(phi_ptr, j, DIM_PADDED, PADDED), tl.trans(term), acc)
+                left = phi if j == 0 else _load_sketch(phi_ptr, j, DIM_PADDED, PADDED)
+                acc = tl.dot(left, tl.trans(term), acc)
         if i + 1 < KEY_TERMS:
             rest -= term.to(tl.float32)
     return acc
 
 
 @triton.jit
-def _first_mean(
-    k_ptr, phi_ptr, begin, end, head,
-    NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PADDED: tl.constexpr,
-    PHI_TERMS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Sketch [PADDED] of the mean of the first rows."""
-    k = load_keys(k_ptr, begin, end, head, NUM_KV_HEADS, DIM, DIM_PADDED, ROWS).to(tl.float32)
-    mean = tl.sum(k, 0) / tl.maximum(tl.minimum(end - begin, ROWS), 1).to(tl.float32)
-    sketch = tl.zeros((PADDED,), tl.float32)
-    for i in tl.static_range(PHI_TERMS):
-        sketch += tl.sum(mean[None, :] * _load_sketch(phi_ptr, i, DIM_PADDED, PADDED).to(tl.float32), 1)
-    return sketch
+def _add_gram(twice, x, TERM: tl.constexpr):
+    """twice + a matrix that with its transpose is 2 x xᵀ, for a float32 x."""
+    high, middle, low = _split(x, TERM)
+    twice = tl.dot(high, tl.trans(high), twice)
+    twice = tl.dot(middle, tl.trans(middle), twice)
+    high = (high * 2.0).to(TERM)
+    twice = tl.dot(high, tl.trans(middle), twice)
+    return tl.dot(high, tl.trans(low), twice)
 
 
 @triton.jit
-def chunk_moments(
-    k_ptr, phi_ptr, begin, end, head,
+def block_moments(
+    k_ptr, phi_ptr, inverse_ptr, begin, end, head,
     NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, COLUMNS: tl.constexpr,
-    PADDED: tl.constexpr, KEY_TERMS: tl.constexpr, PHI_TERMS: tl.constexpr, ROWS: tl.constexpr,
+    PADDED: tl.constexpr, KEY_TERMS: tl.constexpr, PHI_TERMS: tl.constexpr, DIRECTION: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Mean [PADDED] and centred Gram matrix [PADDED, PADDED] of the sketch of tokens [begin, end).
+    """Of tokens [begin, end): mean [PADDED] and centred Gram matrix [PADDED, PADDED] of the sketch, sum of unit keys.
 
-    One pass: deviations are taken from the mean of the first rows, which the exact mean corrects in the end; column
-    COLUMNS is one, so that the same products add up the sums. G is a matrix, of which half is added up, plus its
-    transpose.
+    One pass. With COLUMNS, deviations are taken from the mean of the first rows, which the exact mean corrects in the
+    end; column COLUMNS is one, so that the same products add up the sums. With DIRECTION, unit keys are added up
+    [DIM_PADDED], and one over each key's length is stored for `store_scores`. What is not asked for is zero.
     """
     TERM: tl.constexpr = phi_ptr.dtype.element_ty
+    FOLD: tl.constexpr = 8  # sums of rows so far apart that threads add what they hold and wait for no other
     column = tl.arange(0, PADDED)
-    shift = _first_mean(k_ptr, phi_ptr, begin, end, head, NUM_KV_HEADS, DIM, DIM_PADDED, PADDED, PHI_TERMS, ROWS)
-    half = tl.zeros((PADDED, PADDED), tl.float32)
-    for start in range(begin, end, ROWS):
-        k = load_keys(k_ptr, start, end, head, NUM_KV_HEADS, DIM, DIM_PADDED, ROWS)
-        x = _sketch(k, phi_ptr, DIM_PADDED, PADDED, KEY_TERMS, PHI_TERMS)
-        x = tl.where((column == COLUMNS)[:, None], 1.0, x - shift[:, None])
-        x = tl.where((start + tl.arange(0, ROWS) < end)[None, :], x, 0.0)
-        high, middle, low = _split(x, TERM)
-        half = tl.dot((high * 0.5).to(TERM), tl.trans(high), half)
-        half = tl.dot((middle * 0.5).to(TERM), tl.trans(middle), half)
-        half = tl.dot(high, tl.trans(middle), half)
-        half = tl.dot(high, tl.trans(low), half)
-    gram = half + tl.trans(half)
-    real = column < COLUMNS
     count = tl.maximum(end - begin, 1).to(tl.float32)
-    sums = tl.sum(tl.where((column == COLUMNS)[None, :], gram, 0.0), 1)
-    offset = tl.where(real, sums, 0.0) / count
-    gram = tl.where(real[:, None] & real[None, :], gram - count * offset[:, None] * offset[None, :], 0.0)
-    return shift + offset, gram
+    mean = tl.zeros((PADDED,), tl.float32)
+    twice = tl.zeros((PADDED, PADDED), tl.float32)
+    units = tl.zeros((FOLD, DIM_PADDED), tl.float32)
+    if COLUMNS:
+        phi = _load_sketch(phi_ptr, 0, DIM_PADDED, PADDED)
+        k = load_keys(k_ptr, begin, end, head, NUM_KV_HEADS, DIM, DIM_PADDED, ROWS)
+        first = _sketch(k, phi, phi_ptr, DIM_PADDED, PADDED, KEY_TERMS, PHI_TERMS)
+        mean = tl.where(column == COLUMNS, -1.0, tl.sum(first, 1) / tl.minimum(count, ROWS))
+    for start in tl.range(begin, end, ROWS, num_stages=STAGES):
+        token = start + tl.arange(0, ROWS)
+        k = load_keys(k_ptr, start, end, head, NUM_KV_HEADS, DIM, DIM_PADDED, ROWS)
+        if DIRECTION:
+            wide = k.to(tl.float32)
+            inverse = tl.rsqrt(tl.maximum(tl.sum(wide * wide, 1), 1e-24))
+            tl.store(inverse_ptr + token, inverse, mask=token < end)
+            units += tl.sum(tl.reshape(wide * inverse[:, None], (ROWS // FOLD, FOLD, DIM_PADDED)), 0)
+        if COLUMNS:
+            x = _sketch(k, phi, phi_ptr, DIM_PADDED, PADDED, KEY_TERMS, PHI_TERMS)
+            twice = _add_gram(twice, x - mean[:, None] * (token < end).to(tl.float32)[None, :], TERM)
+    gram = (twice + tl.trans(twice)) * 0.5
+    if COLUMNS:
+        real = column < COLUMNS
+        sums = tl.sum(tl.where((column == COLUMNS)[None, :], gram, 0.0), 1)
+        offset = tl.where(real, sums, 0.0) / count
+        gram = tl.where(real[:, None] & real[None, :], gram - count * offset[:, None] * offset[None, :], 0.0)
+        mean = tl.where(real, mean + offset, 0.0)
+    return mean, gram, tl.sum(units, 0)
 
 
 @triton.jit
-def _inverse_pivot(pivot_row, smallest, row, j):
-    """One over element j of the pivot's row, or 0 where that is too small."""
-    pivot = tl.sum(tl.where(row == j, pivot_row, 0.0), 0)
-    least = tl.sum(tl.where(row == j, smallest, 0.0), 0)
-    return tl.where(pivot > least, 1.0 / tl.maximum(pivot, least), 0.0)
+def _dot_wide(a, b, acc, TERM: tl.constexpr):
+    """acc + a @ b for float32 matrices."""
+    a_high, a_middle, a_low = _split(a, TERM)
+    b_high, b_middle, b_low = _split(b, TERM)
+    acc = tl.dot(a_low, b_high, acc)
+    acc = tl.dot(a_high, b_low, acc)
+    acc = tl.dot(a_middle, b_middle, acc)
+    acc = tl.dot(a_middle, b_high, acc)
+    acc = tl.dot(a_high, b_middle, acc)
+    return tl.dot(a_high, b_high, acc)
 
 
 @triton.jit
-def _eliminate(a, pivot_row, below, row, j):
-    """Takes `below` times the pivot's row from the rows below it, and keeps the factors in column j."""
-    rest = a - below[:, None] * pivot_row[None, :]
-    return tl.where((row == j)[None, :] & (row > j)[:, None], -below[:, None], rest)
+def _element(matrix, i, j):
+    """One element of a [PANEL, PANEL] matrix."""
+    lane = tl.arange(0, PANEL)
+    return tl.sum(tl.sum(tl.where((lane == i)[:, None] & (lane == j)[None, :], matrix, 0.0), 1), 0)
 
 
 @triton.jit
-def whitening(gram, mean, count, ridge, COLUMNS: tl.constexpr, PADDED: tl.constexpr):
-    """W = D^-1/2 L⁻¹ of gram + ridge = L D Lᵀ, as a [PADDED, PADDED] matrix (rows beyond COLUMNS are zero).
+def _whiten_panel(a):
+    """W = D^-1/2 L⁻¹ of a symmetric matrix a = L D Lᵀ [PANEL, PANEL]; pivots up to LEAST end their directions.
 
-    Elimination in place: step j leaves row j of L⁻¹ left of the diagonal and the pivot on it. A pivot ends its
-    direction when it is rounding noise beside its diagonal, or beside the mean that `count` sketches were centred by.
+    Elimination in place: step j leaves row j of L⁻¹ left of the diagonal and the pivot on it. Two steps at a time: what
+    a step waits for, sums over threads, it waits for half as often.
     """
-    row = tl.arange(0, PADDED)
-    on_diagonal = row[:, None] == row[None, :]
-    diagonal = tl.sum(tl.where(on_diagonal, gram, 0.0), 0)
-    ridge += tl.sum(diagonal, 0) / COLUMNS * 1e-10 + 1e-20
-    a = gram + tl.where(on_diagonal, ridge, 0.0)
-    smallest = (diagonal + ridge) * 1e-6 + count.to(tl.float32) * mean * mean * 1e-13
-    for j in range(0, COLUMNS, 2):
-        # Two rows a step: what a step waits for, sums over warps and changes of layout, it waits for half as often.
-        # An odd last row goes with one of padding, which is zero but for its diagonal.
-        above = tl.sum(tl.where((row == j)[:, None], a, 0.0), 0)
-        beside = tl.sum(tl.where((row == j + 1)[:, None], a, 0.0), 0)
-        inverse = _inverse_pivot(above, smallest, row, j)
-        share = tl.sum(tl.where(row == j, beside, 0.0), 0) * inverse
-        beside = tl.where(row == j, -share, beside - share * above)
-        below = tl.where(row > j, above * inverse, 0.0)
-        further = tl.where(row > j + 1, beside * _inverse_pivot(beside, smallest, row, j + 1), 0.0)
-        a = _eliminate(a, above, below, row, j)
-        a = _eliminate(a, beside, further, row, j + 1)
-    pivots = tl.sum(tl.where(on_diagonal, a, 0.0), 1)
-    scale = tl.where((pivots > smallest) & (row < COLUMNS), tl.rsqrt(tl.maximum(pivots, smallest)), 0.0)
-    lower = tl.where(row[:, None] > row[None, :], a, tl.where(on_diagonal, 1.0, 0.0))
-    return lower * scale[:, None]
+    lane = tl.arange(0, PANEL)
+    row, column = lane[:, None], lane[None, :]
+    for j in range(0, PANEL, 2):
+        first, across, second = _element(a, j, j), _element(a, j + 1, j), _element(a, j + 1, j + 1)
+        above = tl.sum(tl.where(row == j, a, 0.0), 0)
+        beside = tl.sum(tl.where(row == j + 1, a, 0.0), 0)
+        below = tl.sum(tl.where(column == j, a, 0.0), 1)
+        further = tl.sum(tl.where(column == j + 1, a, 0.0), 1)
+        inverse = tl.where(first > LEAST, 1.0 / tl.maximum(first, LEAST), 0.0)
+        share = across * inverse
+        second -= share * across
+        inverse_second = tl.where(second > LEAST, 1.0 / tl.maximum(second, LEAST), 0.0)
+        # Rows j and j + 1 as the rows below see them: ones and zeros stand for the identity that becomes L⁻¹.
+        above = tl.where(lane == j, 1.0, tl.where(lane == j + 1, 0.0, above))
+        beside = tl.where((lane == j) | (lane == j + 1), 0.0, beside) - share * above
+        further = tl.where(lane > j + 1, further - share * below, 0.0) * inverse_second
+        below = tl.where(lane > j + 1, below, 0.0) * inverse
+        rest = tl.where((row > j + 1) & ((column == j) | (column == j + 1)), 0.0, a) - below[:, None] * above[None, :]
+        rest -= further[:, None] * tl.where(lane == j + 1, 1.0, beside)[None, :]
+        a = tl.where(row == j + 1, tl.where(lane == j + 1, second, beside)[None, :], rest)
+    pivots = tl.sum(tl.where(row == column, a, 0.0), 1)
+    scale = tl.where(pivots > LEAST, tl.rsqrt(tl.maximum(pivots, LEAST)), 0.0)
+    return tl.where(row > column, a, tl.where(row == column, 1.0, 0.0)) * scale[:, None]
 
 
 @triton.jit
-def store_leverage(
-    k_ptr, phi_ptr, out_ptr, begin, end, head, mean, whitener,
-    NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PADDED: tl.constexpr,
-    KEY_TERMS: tl.constexpr, PHI_TERMS: tl.constexpr, PROJECT: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Leverage ‖W (Φᵀ k - μ)‖² of tokens [begin, end); with PROJECT as ‖(W Φᵀ) k - W μ‖², in fewer products."""
-    TERM: tl.constexpr = phi_ptr.dtype.element_ty
+def whiten(matrix_ptr, mean_ptr, count, ridge, COLUMNS: tl.constexpr, PADDED: tl.constexpr, TERM: tl.constexpr):
+    """Puts W = D^-1/2 L⁻¹, G + ridge = L D Lᵀ, in the place of a Gram matrix G [PADDED, PADDED].
+
+    W is the lower triangle; above it are numbers of no use. G is scaled such that a pivot of LEAST is rounding noise
+    beside its diagonal, or beside the mean that `count` sketches were centred by.
+
+    PANEL rows at a time, from what G and the rows above left in memory. Rows of a panel that is done hold W up to its
+    own columns, and what it takes from the rows below right of them.
+    """
+    row, column, panel = tl.arange(0, PANEL), tl.arange(0, PADDED), tl.arange(0, PADDED // PANEL)
+    diagonal, mean = tl.load(matrix_ptr + column * (PADDED + 1)), tl.load(mean_ptr + column)
+    ridge += tl.sum(diagonal, 0) / COLUMNS * 1e-10 + 1e-20
+    scale = tl.rsqrt(diagonal + ridge + count.to(tl.float32) * mean * mean * 1e-7)
+    scale = tl.where(column < COLUMNS, scale, 0.0)[None, :]
+    for p in range(0, (COLUMNS + PANEL - 1) // PANEL):
+        own = row + PANEL * p
+        lines = matrix_ptr + own[:, None] * PADDED + column[None, :]
+        on_diagonal = own[:, None] == column[None, :]
+        a = (tl.load(lines) + tl.where(on_diagonal, ridge, 0.0)) * scale
+        a *= tl.sum(tl.where(on_diagonal, scale, 0.0), 1)[:, None]
+        a = tl.where((column >= PANEL * p)[None, :], a, 0.0)
+        for q in range(0, p):
+            done = matrix_ptr + (row + PANEL * q)[:, None] * PADDED
+            z = tl.load(done + column[None, :])
+            z = tl.where(((column < PANEL * (q + 1)) | (column >= PANEL * p))[None, :], z, 0.0)
+            a = _dot_wide(tl.trans(tl.load(done + own[None, :]) * -1.0), z, a, TERM)
+        blocks = tl.reshape(a, (PANEL, PADDED // PANEL, PANEL))
+        own_block = tl.sum(tl.where((panel == p)[None, :, None], blocks, 0.0), 1)
+        a = tl.where(on_diagonal, scale, tl.where((column // PANEL == p)[None, :], 0.0, a))
+        a = _dot_wide(_whiten_panel(own_block), a, tl.zeros((PANEL, PADDED), tl.float32), TERM)
+        tl.debug_barrier()  # every thread has read these rows
+        tl.store(lines, a)
+        tl.debug_barrier()
+
+
+@triton.jit
+def _project(whitener, phi_ptr, DIM_PADDED: tl.constexpr, PADDED: tl.constexpr, PHI_TERMS: tl.constexpr):
+    """W Φᵀ [PADDED, DIM_PADDED]."""
+    high, middle, low = _split(whitener, phi_ptr.dtype.element_ty)
     projection = tl.zeros((PADDED, DIM_PADDED), tl.float32)
+    for i in tl.static_range(PHI_TERMS):
+        phi = _load_sketch(phi_ptr, i, DIM_PADDED, PADDED)
+        projection = tl.dot(high, phi, projection)
+        if i < 2:
+            projection = tl.dot(middle, phi, projection)
+        if i < 1:
+            projection = tl.dot(low, phi, projection)
+    return projection
+
+
+@triton.jit
+def store_scores(
+    k_ptr, phi_ptr, inverse_ptr, leverage_ptr, direction_ptr, begin, end, head, mean, whitener, units,
+    NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, COLUMNS: tl.constexpr,
+    PADDED: tl.constexpr, KEY_TERMS: tl.constexpr, PHI_TERMS: tl.constexpr, DIRECTION: tl.constexpr,
+    STEPS: tl.constexpr, PROJECT: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Scores of tokens [begin, end): with COLUMNS leverage ‖W (Φᵀ k - μ)‖², with DIRECTION minus cosines with `units`.
+
+    With PROJECT both come from the products of one matrix with keys, in fewer steps: leverage is ‖(W Φᵀ) k - W μ‖², and
+    the last row of W Φᵀ, which it leaves unused, is the direction of `units`.
+    """
+    TERM: tl.constexpr = phi_ptr.dtype.element_ty
+    SPAN: tl.constexpr = 512
+    last = (tl.arange(0, PADDED) == PADDED - 1)[:, None]
+    anchor = units / tl.maximum(tl.sqrt(tl.sum(units * units, 0)), 1e-12)
     if PROJECT:
-        high, middle, low = _split(whitener, TERM)
-        for i in tl.static_range(PHI_TERMS):
-            phi = _load_sketch(phi_ptr, i, DIM_PADDED, PADDED)
-            projection = tl.dot(high, phi, projection)
-            if i < 2:
-                projection = tl.dot(middle, phi, projection)
-            if i < 1:
-                projection = tl.dot(low, phi, projection)
-    offset = tl.sum(whitener * mean[None, :], 1)
-    for start in range(begin, end, ROWS):
+        offset = tl.sum(whitener * mean[None, :], 1)
+        projection = _project(whitener, phi_ptr, DIM_PADDED, PADDED, PHI_TERMS)
+        if DIRECTION:
+            projection = tl.where(last, anchor[None, :], projection)
+    elif COLUMNS:
+        phi = _load_sketch(phi_ptr, 0, DIM_PADDED, PADDED)
+    for start in tl.range(begin, end, ROWS, num_stages=STAGES):
+        token = start + tl.arange(0, ROWS)
+        place = token.to(tl.int64) * NUM_KV_HEADS + head
         k = load_keys(k_ptr, start, end, head, NUM_KV_HEADS, DIM, DIM_PADDED, ROWS)
         z = tl.zeros((PADDED, ROWS), tl.float32)
         if PROJECT:
-            z = _dot_keys(projection, k, z, KEY_TERMS, TERM) - offset[:, None]
-        else:
-            x = _sketch(k, phi_ptr, DIM_PADDED, PADDED, KEY_TERMS, PHI_TERMS) - mean[:, None]
-            z = tl.dot(whitener, x, z, input_precision="tf32x3")
-        token = start + tl.arange(0, ROWS)
-        tl.store(out_ptr + token.to(tl.int64) * NUM_KV_HEADS + head, tl.sum(z * z, 0), mask=token < end)
+            z = _dot_keys(projection, k, z, KEY_TERMS, TERM)
+            x = tl.where(last, 0.0, z - offset[:, None])
+        elif COLUMNS:
+            x = _sketch(k, phi, phi_ptr, DIM_PADDED, PADDED, KEY_TERMS, PHI_TERMS) - mean[:, None]
+            x = tl.dot(whitener, x, z, input_precision="tf32x3")
+        if COLUMNS:
+            tl.store(leverage_ptr + place, tl.sum(x * x, 0), mask=token < end)
+        if DIRECTION:
+            if PROJECT:  # noqa: SIM108
+                product = tl.sum(tl.where(last, z, 0.0), 0)
+            else:
+                product = tl.sum(k.to(tl.float32) * anchor[None, :], 1)
+            tl.store(direction_ptr + place, product, mask=token < end)
+    if DIRECTION:
+        # Lengths and rounding come last, on numbers that every thread has some of: products leave copies in many.
+        tl.debug_barrier()
+        for start in range(begin, end, SPAN):
+            token = start + tl.arange(0, SPAN)
+            place = direction_ptr + token.to(tl.int64) * NUM_KV_HEADS + head
+            inverse = tl.load(inverse_ptr + token, mask=token < end, other=0.0)
+            cosine = tl.load(place, mask=token < end, other=0.0) * inverse
+            tl.store(place, tl.floor(0.5 - cosine * STEPS) / STEPS, mask=token < end)

@@ -30,7 +30,8 @@ MIN_STD = 1e-6
 
 _LOGITS_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 26}
 _TOKENS_AT_ONCE = 1 << 15
-COSINE_STEPS = 2**20
+COSINE_STEPS = 2**17
+"""Cosines are rounded to whole numbers of these, so that equal directions stay equal however they are computed."""
 
 
 def chunk_runs(num_tokens: int, chunk: int | None) -> Iterator[tuple[int, int, int]]:
@@ -103,7 +104,7 @@ def direction_scores(k_NKD: Tensor, chunk: int | None) -> Tensor:
     """How far each key's direction is from the mean direction of its chunk and head: float32 [N, K] in [-1, 1].
 
     d_j = -cos(k_j, anchor), anchor = Σ over the chunk of k_j / ‖k_j‖ (KeyDiff, arXiv 2504.15364). A key, or an anchor,
-    of length 0 has cosine 0. Cosines are rounded to 2^-20, so that equal keys have equal scores on any device.
+    of length 0 has cosine 0. Cosines are rounded to 2^-17, so that equal keys have equal scores on any device.
 
     Args:
         k_NKD: keys [N, K, D], any float type.
@@ -265,26 +266,3 @@ def ordered_sum(x: Tensor, dim: int) -> Tensor:
         x = x.narrow(dim, 0, half).clone()
         x.narrow(dim, 0, rest.shape[dim]).add_(rest)
     return x.squeeze(dim)
-
-
-def standardize_shared(
-    x_TK: Tensor,
-    spans: tuple[SequenceSpan, ...],
-    heads: KVHeads,
-    *,
-    domain: str,
-    chunk: int | None = None,
-    counted_T: Tensor | None = None,
-    weight: float | Tensor = 1.0,
-    base_TK: Tensor | None = None,
-    pool_width: int = 1,
-) -> Tensor:
-    """`zscore_kernel.standardize` for ranks that share the heads: base + weight · z(pool(x)), float32 [T, K]."""
-    out_TK = torch.zeros_like(x_TK) if base_TK is None else base_TK.clone()
-    for b, span in enumerate(spans):
-        part = slice(span.begin, span.end)
-        pooled_NK = pool_scores(x_TK[part].t(), pool_width, "avg").t()
-        counted_N = None if counted_T is None else counted_T[part]
-        standard_NK = zscore(pooled_NK, domain, chunk, counted_N, heads)
-        out_TK[part] += standard_NK * (weight[b] if isinstance(weight, Tensor) else weight)
-    return out_TK

@@ -1,16 +1,17 @@
 """Triton epilogue of scores: pooling, z-score and blend.
 
 Pass one pools and takes the moments of every block of tokens, pass two merges the moments of a block's domain and
-transforms it. Moments are float64 and are merged in a fixed order, so that the result is the same in every run; blocks
-begin with their sequence, so that it does not depend on the batch either.
+transforms it. Sums over a block are float32, of deviations from the block's mean; blocks are merged in float64 and in a
+fixed order, so that the result is the same in every run; blocks begin with their sequence, so that it does not depend
+on the batch either.
 
-Shape suffixes: T tokens of the call, B sequences, K KV heads, D head dimension.
+Shape suffixes: N terms, T tokens of the call, B sequences, K KV heads. Kernels see the heads of all terms as lanes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -22,30 +23,35 @@ from compactor_vllm.compression.reference import MIN_STD, ZSCORE_DOMAINS
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import check_tensor
 
+if TYPE_CHECKING:
+    from compactor_vllm.distributed.group import KVHeads
+
 _TILE = 2048
 
 
 def standardize(
-    x_TK: Tensor,
+    x_NTK: Tensor,
     cu_seqlens_B1: Tensor,
     *,
     domain: str,
     chunk: int | None = None,
     counted_T: Tensor | None = None,
-    weight: float | Tensor = 1.0,
+    weights: Sequence[float | Tensor] = (1.0,),
     base_TK: Tensor | None = None,
     pool_width: int = 1,
+    heads: KVHeads | None = None,
 ) -> Tensor:
-    """base + weight · z(pool(x)), with `reference.pool_scores` ("avg") and `reference.zscore` per sequence.
+    """base + Σ weight · z(pool(x)), with `reference.pool_scores` ("avg") and `reference.zscore` per sequence.
 
     Args:
-        x_TK: float32 [T, K], scores; may be overwritten by their pooled values.
+        x_NTK: float32 [N, T, K], one or two terms.
         cu_seqlens_B1: int32 [B + 1], borders of the sequences.
-        domain, chunk: over what the z-score is taken, see `reference.zscore`.
+        domain, chunk: over what the z-scores are taken, see `reference.zscore`.
         counted_T: bool [T], tokens that statistics count; None: all.
-        weight: one for all, or float32 [B] per sequence.
+        weights: of each term one for all; of the first, float32 [B] per sequence is possible too.
         base_TK: float32 [T, K] that the result is added to; None is 0.
         pool_width: odd width of the sliding mean inside a sequence; 1 is none.
+        heads: which of the layer's heads these are; None: all. The ranks exchange the moments of their blocks.
 
     Returns:
         float32 [T, K].
@@ -53,68 +59,55 @@ def standardize(
     Raises:
         InvalidInputError: an argument is wrong.
     """
-    num_seqs = _check(x_TK, cu_seqlens_B1, domain, chunk, counted_T, weight, base_TK, pool_width)
-    num_tokens, num_kv_heads = x_TK.shape
-    out_TK = torch.empty_like(x_TK)
+    num_seqs = _check(x_NTK, cu_seqlens_B1, domain, chunk, counted_T, weights, base_TK, pool_width)
+    terms, num_tokens, num_kv_heads = x_NTK.shape
+    out_TK = torch.empty_like(x_NTK[0])
     if num_tokens == 0:
         return out_TK
     unit = chunk if domain == "chunk" and chunk is not None else WHOLE
     padded = triton.next_power_of_2(num_kv_heads)
-    block = max(16, min(_TILE // padded, triton.next_power_of_2(unit)))
+    block = max(16, min(_TILE // (padded * terms), triton.next_power_of_2(unit)))
     grid = (max_blocks(num_tokens, num_seqs, block, unit),)
-    constants = {"NUM_KV_HEADS": num_kv_heads, "HEADS_PADDED": padded, "BLOCK": block, "PER_HEAD": domain == "head"}
-    moments = torch.empty(grid[0], 6 if counted_T is not None else 3, padded, dtype=torch.float64, device=x_TK.device)
-    pooled_TK = torch.empty_like(x_TK) if pool_width > 1 else x_TK
-    if domain != "none" or pool_width > 1:
-        _moments_kernel[grid](
-            x_TK,
-            pooled_TK,
-            cu_seqlens_B1,
-            x_TK if counted_T is None else counted_T,
-            moments,
-            num_seqs,
-            unit,
-            pool_width // 2,
-            **constants,
-            HAS_COUNTED=counted_T is not None,
-            POOL=pool_width > 1,
-            num_warps=4,
-        )
-    per_sequence = isinstance(weight, Tensor)
-    _apply_kernel[grid](
-        pooled_TK,
-        out_TK,
-        cu_seqlens_B1,
-        moments,
-        weight if per_sequence else x_TK,
-        x_TK if base_TK is None else base_TK,
-        num_seqs,
-        unit,
-        1.0 if per_sequence else float(weight),
-        **constants,
-        HAS_COUNTED=counted_T is not None,
-        HAS_BASE=base_TK is not None,
-        WEIGHT_PER_SEQUENCE=per_sequence,
-        STANDARDIZE=domain != "none",
-        MIN_STD=MIN_STD,
-        SCAN=64,
-        num_warps=4,
+    constants = {"NUM_KV_HEADS": num_kv_heads, "HEADS_PADDED": padded, "TERMS": terms, "BLOCK": block}
+    constants |= {"PER_HEAD": domain == "head", "HAS_COUNTED": counted_T is not None, "num_warps": 4}
+    moments = torch.empty(
+        grid[0], 6 if counted_T is not None else 3, terms * padded, dtype=torch.float64, device=x_NTK.device
     )
+    pooled_NTK = torch.empty_like(x_NTK) if pool_width > 1 else x_NTK
+    common = (cu_seqlens_B1, moments, num_tokens, num_seqs, unit)
+    if domain != "none" or pool_width > 1:
+        counted = x_NTK if counted_T is None else counted_T
+        _moments_kernel[grid](x_NTK, pooled_NTK, counted, *common, pool_width // 2, **constants, POOL=pool_width > 1)
+    ranks = 1
+    if heads is not None and domain in ("sequence", "chunk"):
+        ranks, common = heads.group.size, (cu_seqlens_B1, _of_all_ranks(moments, heads), *common[2:])
+    first, per_sequence = weights[0], isinstance(weights[0], Tensor)
+    _apply_kernel[grid](
+        pooled_NTK, out_TK, first if per_sequence else x_NTK, x_NTK if base_TK is None else base_TK, *common,
+        1.0 if per_sequence else float(first), float(weights[-1]) if terms > 1 else 0.0, **constants,
+        HAS_BASE=base_TK is not None, WEIGHT_PER_SEQUENCE=per_sequence, STANDARDIZE=domain != "none", MIN_STD=MIN_STD,
+        SCAN=64, RANKS=ranks,
+    )  # fmt: skip
     return out_TK
 
 
+def _of_all_ranks(moments: Tensor, heads: KVHeads) -> Tensor:
+    """The moments of every rank's heads, one after another; a head that several ranks hold counts once."""
+    return heads.group.all_gather(moments if heads.counted else moments.zero_())
+
+
 def _check(
-    x_TK: Tensor,
+    x_NTK: Tensor,
     cu_seqlens_B1: Tensor,
     domain: str,
     chunk: int | None,
     counted_T: Tensor | None,
-    weight: float | Tensor,
+    weights: Sequence[float | Tensor],
     base_TK: Tensor | None,
     pool_width: int,
 ) -> int:
-    check_tensor("x_TK", x_TK, (None, None), (torch.float32,))
-    device, num_tokens = x_TK.device, x_TK.shape[0]
+    check_tensor("x_NTK", x_NTK, (None, None, None), (torch.float32,))
+    device, num_tokens = x_NTK.device, x_NTK.shape[1]
     check_tensor("cu_seqlens_B1", cu_seqlens_B1, (None,), (torch.int32,), device)
     num_seqs = cu_seqlens_B1.shape[0] - 1
     if domain not in ZSCORE_DOMAINS:
@@ -125,53 +118,72 @@ def _check(
         raise InvalidInputError(f"pool_width must be an odd integer >= 1, not {pool_width}")
     if counted_T is not None:
         check_tensor("counted_T", counted_T, (num_tokens,), (torch.bool,), device)
-    if isinstance(weight, Tensor):
-        check_tensor("weight", weight, (num_seqs,), (torch.float32,), device)
+    if not len(weights) == x_NTK.shape[0] in (1, 2):
+        raise InvalidInputError(f"weights must be one for each of 1 or 2 terms, not {len(weights)} for {len(x_NTK)}")
+    for weight in weights:
+        if isinstance(weight, Tensor):
+            check_tensor("weights", weight, (num_seqs,), (torch.float32,), device)
     if base_TK is not None:
-        check_tensor("base_TK", base_TK, tuple(x_TK.shape), (torch.float32,), device)
+        check_tensor("base_TK", base_TK, tuple(x_NTK.shape[1:]), (torch.float32,), device)
     return num_seqs
 
 
 @triton.jit
-def _store_moments(target_ptr, x, counted, HEADS_PADDED: tl.constexpr, PER_HEAD: tl.constexpr):
-    """Count, mean and sum of squared deviations of the counted elements, per head or of all heads."""
-    lane = tl.arange(0, HEADS_PADDED)
-    ones = counted.to(tl.float64)
-    wide = x.to(tl.float64) * ones
-    count = tl.sum(ones, 0)
-    total = tl.sum(wide, 0)
+def _over_heads(x, TERMS: tl.constexpr, HEADS_PADDED: tl.constexpr, PER_HEAD: tl.constexpr):
+    """Sums of the lanes [TERMS * HEADS_PADDED] of a term, in each of its lanes; PER_HEAD: the lanes as they are."""
     if not PER_HEAD:
-        count = tl.sum(count, 0) + tl.zeros((HEADS_PADDED,), tl.float64)
-        total = tl.sum(total, 0) + tl.zeros((HEADS_PADDED,), tl.float64)
-    mean = total / tl.maximum(count, 1.0)
-    deviation = (x.to(tl.float64) - mean[None, :]) * ones
-    spread = tl.sum(deviation * deviation, 0)
-    if not PER_HEAD:
-        spread = tl.sum(spread, 0) + tl.zeros((HEADS_PADDED,), tl.float64)
-    tl.store(target_ptr + lane, count)
-    tl.store(target_ptr + HEADS_PADDED + lane, mean)
-    tl.store(target_ptr + 2 * HEADS_PADDED + lane, spread)
+        sums = tl.sum(tl.reshape(x, (TERMS, HEADS_PADDED)), 1)
+        x = tl.reshape(tl.broadcast_to(sums[:, None], (TERMS, HEADS_PADDED)), (TERMS * HEADS_PADDED,))
+    return x
 
 
-@triton.jit(do_not_specialize=["num_seqs"])
+@triton.jit
+def _store_moments(
+    target_ptr, x, counted, TERMS: tl.constexpr, HEADS_PADDED: tl.constexpr, PER_HEAD: tl.constexpr
+):  # fmt: skip
+    """Count, mean and sum of squared deviations of the counted elements, per head or of a term's heads."""
+    ones = counted.to(tl.float32)
+    count = _over_heads(tl.sum(ones, 0), TERMS, HEADS_PADDED, PER_HEAD)
+    some = tl.maximum(count, 1.0)
+    centre = _over_heads(tl.sum(x * ones, 0), TERMS, HEADS_PADDED, PER_HEAD) / some
+    deviation = (x - centre[None, :]) * ones
+    rest = _over_heads(tl.sum(deviation, 0), TERMS, HEADS_PADDED, PER_HEAD).to(tl.float64) / some.to(tl.float64)
+    spread = _over_heads(tl.sum(deviation * deviation, 0), TERMS, HEADS_PADDED, PER_HEAD).to(tl.float64)
+    lanes = TERMS * HEADS_PADDED
+    lane = tl.arange(0, TERMS * HEADS_PADDED)
+    tl.store(target_ptr + lane, count.to(tl.float64))
+    tl.store(target_ptr + lanes + lane, centre.to(tl.float64) + rest)
+    tl.store(target_ptr + 2 * lanes + lane, tl.maximum(spread - count.to(tl.float64) * rest * rest, 0.0))
+
+
+@triton.jit
+def _lane_places(
+    token, end, num_tokens, NUM_KV_HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, TERMS: tl.constexpr
+):  # fmt: skip
+    """Offsets of the tokens' scores of all terms [BLOCK, TERMS * HEADS_PADDED], and which exist."""
+    lane = tl.arange(0, TERMS * HEADS_PADDED)
+    head = lane % HEADS_PADDED
+    row = (lane // HEADS_PADDED).to(tl.int64)[None, :] * num_tokens + token[:, None]
+    return row * NUM_KV_HEADS + head[None, :], (token < end)[:, None] & (head < NUM_KV_HEADS)[None, :]
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_seqs"])
 def _moments_kernel(
-    x_ptr, pooled_ptr, cu_seqlens_ptr, counted_ptr, moments_ptr, num_seqs, unit, pool_reach,
-    NUM_KV_HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, BLOCK: tl.constexpr, PER_HEAD: tl.constexpr,
-    HAS_COUNTED: tl.constexpr, POOL: tl.constexpr,
+    x_ptr, pooled_ptr, counted_ptr, cu_seqlens_ptr, moments_ptr, num_tokens, num_seqs, unit, pool_reach,
+    NUM_KV_HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, TERMS: tl.constexpr, BLOCK: tl.constexpr,
+    PER_HEAD: tl.constexpr, HAS_COUNTED: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
     """Pools a block and takes its moments: (count, mean, sum of squared deviations), of all and of counted tokens."""
     index = tl.program_id(0)
-    sequence, first_block = locate_block(index, cu_seqlens_ptr, num_seqs, unit, BLOCK)
+    sequence, first_block = locate_block(index, cu_seqlens_ptr, num_seqs, unit, BLOCK, LANES=32)
     if sequence < num_seqs:
         first_token = tl.load(cu_seqlens_ptr + sequence)
         last_token = tl.load(cu_seqlens_ptr + sequence + 1)
         begin, end = block_tokens(index - first_block, first_token, last_token - first_token, unit, BLOCK)
         token = begin + tl.arange(0, BLOCK)
-        lane = tl.arange(0, HEADS_PADDED)
-        valid = (token < end)[:, None] & (lane < NUM_KV_HEADS)[None, :]
-        place = token.to(tl.int64)[:, None] * NUM_KV_HEADS + lane[None, :]
+        place, valid = _lane_places(token, end, num_tokens, NUM_KV_HEADS, HEADS_PADDED, TERMS)
         if POOL:
-            x = tl.zeros((BLOCK, HEADS_PADDED), tl.float32)
+            x = tl.zeros((BLOCK, TERMS * HEADS_PADDED), tl.float32)
             for offset in range(-pool_reach, pool_reach + 1):
                 near = valid & ((token + offset >= first_token) & (token + offset < last_token))[:, None]
                 x += tl.load(x_ptr + place + offset * NUM_KV_HEADS, mask=near, other=0.0)
@@ -181,52 +193,55 @@ def _moments_kernel(
             tl.store(pooled_ptr + place, x, mask=valid)
         else:
             x = tl.load(x_ptr + place, mask=valid, other=0.0)
-        target = moments_ptr + index.to(tl.int64) * ((6 if HAS_COUNTED else 3) * HEADS_PADDED)
-        _store_moments(target, x, valid, HEADS_PADDED, PER_HEAD)
+        target = moments_ptr + index.to(tl.int64) * ((6 if HAS_COUNTED else 3) * TERMS * HEADS_PADDED)
+        _store_moments(target, x, valid, TERMS, HEADS_PADDED, PER_HEAD)
         if HAS_COUNTED:
-            counted = tl.load(counted_ptr + token, mask=token < end, other=0).to(tl.int1)
-            _store_moments(target + 3 * HEADS_PADDED, x, valid & counted[:, None], HEADS_PADDED, PER_HEAD)
+            counted = valid & tl.load(counted_ptr + token, mask=token < end, other=0).to(tl.int1)[:, None]
+            _store_moments(target + 3 * TERMS * HEADS_PADDED, x, counted, TERMS, HEADS_PADDED, PER_HEAD)
 
 
 @triton.jit
-def _merge_moments(moments_ptr, first, last, HEADS_PADDED: tl.constexpr, STRIDE: tl.constexpr, SCAN: tl.constexpr):
-    """Count, mean and variance per lane over blocks [first, last)."""
-    lane = tl.arange(0, HEADS_PADDED)
-    count = tl.zeros((HEADS_PADDED,), tl.float64)
-    total = tl.zeros((HEADS_PADDED,), tl.float64)
-    squares = tl.zeros((HEADS_PADDED,), tl.float64)
-    for start in range(first, last, SCAN):
-        block = start + tl.arange(0, SCAN)
-        source = moments_ptr + block.to(tl.int64)[:, None] * (STRIDE * HEADS_PADDED) + lane[None, :]
-        valid = (block < last)[:, None] & (lane < HEADS_PADDED)[None, :]
-        part_count = tl.load(source, mask=valid, other=0.0)
-        part_mean = tl.load(source + HEADS_PADDED, mask=valid, other=0.0)
-        part_spread = tl.load(source + 2 * HEADS_PADDED, mask=valid, other=0.0)
-        count += tl.sum(part_count, 0)
-        total += tl.sum(part_count * part_mean, 0)
-        squares += tl.sum(part_spread + part_count * part_mean * part_mean, 0)
+def _merge_moments(
+    moments_ptr, first, last, LANES: tl.constexpr, STRIDE: tl.constexpr, SCAN: tl.constexpr, RANKS: tl.constexpr
+):  # fmt: skip
+    """Count, mean and variance per lane over blocks [first, last) of all ranks."""
+    lane = tl.arange(0, LANES)
+    count = tl.zeros((LANES,), tl.float64)
+    total = tl.zeros((LANES,), tl.float64)
+    squares = tl.zeros((LANES,), tl.float64)
+    for rank in tl.static_range(RANKS):
+        for start in range(first, last, SCAN):
+            block = start + tl.arange(0, SCAN)
+            row = block.to(tl.int64) + rank * tl.num_programs(0)
+            source = moments_ptr + row[:, None] * (STRIDE * LANES) + lane[None, :]
+            valid = (block < last)[:, None] & (lane < LANES)[None, :]
+            part_count = tl.load(source, mask=valid, other=0.0)
+            part_mean = tl.load(source + LANES, mask=valid, other=0.0)
+            part_spread = tl.load(source + 2 * LANES, mask=valid, other=0.0)
+            count += tl.sum(part_count, 0)
+            total += tl.sum(part_count * part_mean, 0)
+            squares += tl.sum(part_spread + part_count * part_mean * part_mean, 0)
     mean = total / tl.maximum(count, 1.0)
     return count, mean, tl.maximum(squares / tl.maximum(count, 1.0) - mean * mean, 0.0)
 
 
-@triton.jit(do_not_specialize=["num_seqs"])
+@triton.jit(do_not_specialize=["num_tokens", "num_seqs"])
 def _apply_kernel(
-    x_ptr, out_ptr, cu_seqlens_ptr, moments_ptr, weight_ptr, base_ptr, num_seqs, unit, weight,
-    NUM_KV_HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, BLOCK: tl.constexpr, PER_HEAD: tl.constexpr,
-    HAS_COUNTED: tl.constexpr, HAS_BASE: tl.constexpr, WEIGHT_PER_SEQUENCE: tl.constexpr,
-    STANDARDIZE: tl.constexpr, MIN_STD: tl.constexpr, SCAN: tl.constexpr,
+    x_ptr, out_ptr, weight_ptr, base_ptr, cu_seqlens_ptr, moments_ptr, num_tokens, num_seqs, unit, weight, weight_2,
+    NUM_KV_HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, TERMS: tl.constexpr, BLOCK: tl.constexpr,
+    PER_HEAD: tl.constexpr, HAS_COUNTED: tl.constexpr, HAS_BASE: tl.constexpr, WEIGHT_PER_SEQUENCE: tl.constexpr,
+    STANDARDIZE: tl.constexpr, MIN_STD: tl.constexpr, SCAN: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
-    """base + weight · (x - mean) / standard deviation of the block's domain."""
+    """base + Σ weight · (x - mean) / standard deviation of the block's domain."""
     index = tl.program_id(0)
-    sequence, first_block = locate_block(index, cu_seqlens_ptr, num_seqs, unit, BLOCK)
+    LANES: tl.constexpr = TERMS * HEADS_PADDED
+    sequence, first_block = locate_block(index, cu_seqlens_ptr, num_seqs, unit, BLOCK, LANES=32)
     if sequence < num_seqs:
         first_token = tl.load(cu_seqlens_ptr + sequence)
         length = tl.load(cu_seqlens_ptr + sequence + 1) - first_token
         begin, end = block_tokens(index - first_block, first_token, length, unit, BLOCK)
         token = begin + tl.arange(0, BLOCK)
-        lane = tl.arange(0, HEADS_PADDED)
-        valid = (token < end)[:, None] & (lane < NUM_KV_HEADS)[None, :]
-        place = token.to(tl.int64)[:, None] * NUM_KV_HEADS + lane[None, :]
+        place, valid = _lane_places(token, end, num_tokens, NUM_KV_HEADS, HEADS_PADDED, TERMS)
         y = tl.load(x_ptr + place, mask=valid, other=0.0)
         if STANDARDIZE:
             per_unit = (unit + BLOCK - 1) // BLOCK
@@ -235,17 +250,21 @@ def _apply_kernel(
             first = first_block + unit_index * per_unit
             last = first + (rest + BLOCK - 1) // BLOCK
             STRIDE: tl.constexpr = 6 if HAS_COUNTED else 3
-            _, mean, variance = _merge_moments(moments_ptr, first, last, HEADS_PADDED, STRIDE, SCAN)
+            _, mean, variance = _merge_moments(moments_ptr, first, last, LANES, STRIDE, SCAN, RANKS)
             if HAS_COUNTED:
-                counted_ptr = moments_ptr + 3 * HEADS_PADDED
-                some, some_mean, some_var = _merge_moments(counted_ptr, first, last, HEADS_PADDED, STRIDE, SCAN)
+                counted_ptr = moments_ptr + 3 * LANES
+                some, some_mean, some_var = _merge_moments(counted_ptr, first, last, LANES, STRIDE, SCAN, RANKS)
                 mean = tl.where(some > 0, some_mean, mean)
                 variance = tl.where(some > 0, some_var, variance)
-            deviation = y.to(tl.float64) - mean[None, :]
-            y = (deviation / tl.maximum(tl.sqrt(variance), MIN_STD)[None, :]).to(tl.float32)
+            # The mean in two parts, so that float32 takes it away exactly enough.
+            high = mean.to(tl.float32)
+            inverse = (1.0 / tl.maximum(tl.sqrt(variance), MIN_STD)).to(tl.float32)
+            y = ((y - high[None, :]) - (mean - high.to(tl.float64)).to(tl.float32)[None, :]) * inverse[None, :]
         if WEIGHT_PER_SEQUENCE:
             weight = tl.load(weight_ptr + sequence)
-        y = y * weight
+        y *= tl.where(tl.arange(0, LANES) < HEADS_PADDED, weight, weight_2)[None, :]
+        y = tl.sum(tl.reshape(y, (BLOCK, TERMS, HEADS_PADDED)), 1)
+        place, valid = _lane_places(token, end, num_tokens, NUM_KV_HEADS, HEADS_PADDED, 1)
         if HAS_BASE:
             y += tl.load(base_ptr + place, mask=valid, other=0.0)
         tl.store(out_ptr + place, y, mask=valid)
@@ -253,18 +272,20 @@ def _apply_kernel(
 
 def aot_signatures() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int, str]]:
     """Configurations for ahead-of-time compilation: (kernel, signature, constexprs, warps, stages, label)."""
-    special = {"cu_seqlens_ptr": "*i32", "counted_ptr": "*i1", "moments_ptr": "*fp64", "weight": "fp32"}
+    special = {"cu_seqlens_ptr": "*i32", "counted_ptr": "*i1", "moments_ptr": "*fp64"}
+    special |= {"weight": "fp32", "weight_2": "fp32"}
     for num_kv_heads in (8, 4, 2, 1):
         shape = {"NUM_KV_HEADS": num_kv_heads, "HEADS_PADDED": num_kv_heads, "PER_HEAD": False, "HAS_COUNTED": True}
-        apply = {"WEIGHT_PER_SEQUENCE": False, "STANDARDIZE": True, "MIN_STD": MIN_STD, "SCAN": 64}
+        apply = {"WEIGHT_PER_SEQUENCE": False, "STANDARDIZE": True, "MIN_STD": MIN_STD, "SCAN": 64, "RANKS": 1}
         runs = (
-            (_moments_kernel, {"POOL": False, "BLOCK": _TILE // num_kv_heads}, "leverage"),
-            (_moments_kernel, {"POOL": True, "BLOCK": _TILE // num_kv_heads}, "attention"),
-            (_apply_kernel, {**apply, "HAS_BASE": False, "BLOCK": _TILE // num_kv_heads}, "leverage"),
-            (_apply_kernel, {**apply, "HAS_BASE": True, "BLOCK": _TILE // num_kv_heads}, "attention"),
+            (_moments_kernel, {"POOL": False, "TERMS": 2}, "before RoPE"),
+            (_moments_kernel, {"POOL": True, "TERMS": 1}, "attention"),
+            (_apply_kernel, {**apply, "HAS_BASE": False, "TERMS": 2}, "before RoPE"),
+            (_apply_kernel, {**apply, "HAS_BASE": True, "TERMS": 1}, "attention"),
+            (_apply_kernel, {**apply, "HAS_BASE": False, "TERMS": 2, "RANKS": 2}, "two ranks"),
         )
         for kernel, more, label in runs:
-            constants = {**shape, **more}
+            constants = {**shape, **more, "BLOCK": _TILE // (num_kv_heads * more["TERMS"])}
             names = [name for name in kernel.arg_names if name not in constants]
             signature = {name: special.get(name) or ("*fp32" if name.endswith("_ptr") else "i32") for name in names}
             yield kernel, signature, constants, 4, 1, f"{kernel.__name__} {label} K{num_kv_heads}"
