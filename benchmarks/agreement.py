@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
     parser.add_argument("--dtype", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"])
     parser.add_argument("--prompts", type=int, default=40, help="prompts of the reference")
-    parser.add_argument("--out", help="folder of the JSON file (default: $OUT or benchmarks/results)")
+    parser.add_argument("--out", help="folder of a GPU's JSON file (default: $OUT or benchmarks/results)")
     options = parser.parse_args()
     if options.device == "cpu":
         write_reference(options.prompts)

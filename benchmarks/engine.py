@@ -43,6 +43,7 @@ from benchmarks.engine_measures import RUNNING_TOKENS, Sample
 from benchmarks.engine_peers import Job, Work, stopped
 from benchmarks.engine_report import Results, Row, label, plot, read_rows, speedup, table
 from benchmarks.engine_workloads import WORKLOADS, Case, Workload
+from benchmarks.timing import file_label
 from compactor_vllm import LLM, LLMConfig
 
 ROOT = Path(__file__).parents[1]
@@ -344,7 +345,7 @@ def merge(files: list[str], folder: str, fresh: bool) -> list[Row]:
     devices = sorted({row["device"] for row in read_rows(files)})
     if len(devices) != 1:
         raise SystemExit(f"rows of {', '.join(devices) or 'no device'} do not make one file")
-    name = devices[0].lower().replace("nvidia", "").strip().replace(" ", "-")  # as `Results` names it
+    name = file_label(devices[0])
     target = Path(folder) / f"engine-{name}.json"
     if target.exists() and not fresh:
         files = [str(target), *files]

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.timing import describe_machine, file_label
+
 Row = dict[str, Any]
 Tags = dict[str, Any]
 
@@ -52,8 +54,6 @@ never written into a row; tables mark what is compared with them."""
 def machine() -> Row:
     """Device, versions and commit."""
     if torch.cuda.is_available():
-        from benchmarks.timing import describe_machine
-
         return describe_machine()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return {
@@ -85,7 +85,7 @@ class Results:
         self.head = {**machine(), "run": datetime.now(timezone.utc).isoformat(timespec="seconds")}
         target = Path(folder or os.environ.get("OUT") or Path(__file__).parent / "results")
         target.mkdir(parents=True, exist_ok=True)
-        name = self.head["device"].lower().replace("nvidia", "").strip().replace(" ", "-")
+        name = file_label(self.head["device"])
         self.path = target / f"{kind}-{name}.json"
         known = not fresh and self.path.exists()
         own = read_rows([str(self.path)]) if known else []

@@ -37,6 +37,7 @@ import torch
 from benchmarks.engine_measures import Sample
 from benchmarks.engine_report import Row, machine
 from benchmarks.engine_workloads import FULL, HALF, QUARTER, WORKLOADS, Case, Workload
+from benchmarks.timing import file_label
 from compactor_vllm import (
     COMPRESSION_REGISTRY,
     LLM,
@@ -346,7 +347,7 @@ class Results:
 
     def __init__(self, options: argparse.Namespace):
         self.head = {**machine(), **libraries()}
-        device = self.head["device"].lower().replace("nvidia", "").strip().replace(" ", "-")
+        device = file_label(self.head["device"])
         folder = Path(options.out or os.environ.get("OUT") or Path(__file__).parent / "results")
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"tensor_parallel-{device}{options.suffix}.json"

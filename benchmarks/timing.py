@@ -25,6 +25,7 @@ __all__ = [
     "Timing",
     "copy_ceiling",
     "describe_machine",
+    "file_label",
     "gpu_name",
     "read_ceiling",
     "rotations",
@@ -122,7 +123,12 @@ def copy_ceiling(gigabytes: float = 2.0) -> float:
 
 def gpu_name() -> str:
     """The card's name as it stands in names of files."""
-    return torch.cuda.get_device_properties(0).name.lower().replace("nvidia", "").strip().replace(" ", "-")
+    return file_label(torch.cuda.get_device_properties(0).name)
+
+
+def file_label(device: str) -> str:
+    """A device's name as it stands in names of files."""
+    return device.lower().replace("nvidia", "").strip().replace(" ", "-")
 
 
 def describe_machine() -> dict[str, Any]:

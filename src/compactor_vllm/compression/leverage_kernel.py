@@ -111,7 +111,9 @@ def _launch(
     chunks = parts  # where every unit is a block
     if min(unit, num_tokens) > _BLOCK:
         chunks = torch.empty(units, num_kv_heads, size, dtype=torch.float32, device=k_TKD.device)
-        _merge_kernel[(units * num_kv_heads, 16)](parts, chunks, *common, **heads, MERGED=_MERGED, num_warps=4)
+        _merge_kernel[(units * num_kv_heads, _SLICES.value)](
+            parts, chunks, *common, **heads, MERGED=_MERGED, num_warps=4
+        )
     if columns:
         _factor_kernel[(units * num_kv_heads,)](phi, chunks, *common, ridge, **heads, num_warps=1)
     tiles |= {"STEPS": COSINE_STEPS, "PROJECT": config.project and columns > 0}

@@ -82,6 +82,7 @@ class PeerMemory:
 
         Others may have this rank's memory open; what they opened stays until they close it or end.
         """
+        # A GPU whose kernels have failed refuses this; its memory goes with the process.
         with suppress(RuntimeError), self._in_context():
             while self._opened:
                 self._call("cuIpcCloseMemHandle", self._opened.pop())

@@ -233,11 +233,9 @@ class Member:
 
     def report(self, text: str) -> None:
         """Tells rank 0 why this rank fails, before it ends."""
-        try:
+        with suppress(OSError):  # rank 0 is gone: nobody is left to be told
             self._connection.sendall(text.encode()[-(1 << 15) :])
             self._connection.close()
-        except OSError:
-            pass
 
 
 def under_torchrun() -> bool:
@@ -337,11 +335,9 @@ def _spawn(seat: Seat, size: int, entry: str, payload: Any) -> subprocess.Popen[
         [sys.executable, "-m", "compactor_vllm.distributed.worker"], stdin=subprocess.PIPE, env=environment
     )
     assert process.stdin is not None
-    try:
+    with suppress(BrokenPipeError):  # it has died: whoever waits for its connection notices
         pickle.dump((seat, entry, payload), process.stdin)
         process.stdin.flush()  # and stays open: its end tells the process that this one is gone
-    except BrokenPipeError:
-        pass  # it has died; whoever waits for its connection notices
     return process
 
 
