@@ -234,8 +234,6 @@ def small_variants(base: DecodeConfig) -> list[tuple[str, DecodeConfig]]:
         )  # fmt: skip
         name = f"n{block_n} w{warps} s{stages} p{programs} u{unit} o{overhead}"
         variants.append((name, replace(base, small=tiles)))
-    if torch.cuda.get_device_capability() >= (9, 0):
-        variants += [(f"{name} pdl", replace(config, dependent_launch=True)) for name, config in variants[:3]]
     return variants
 
 

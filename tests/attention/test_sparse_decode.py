@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compactor_vllm.attention.decode_config import DecodeConfig, TileConfig, default_decode_config
+from compactor_vllm.attention.decode_config import DecodeConfig, TileConfig
 from compactor_vllm.attention.decode_plan_kernel import HEADER_LANES
 from compactor_vllm.attention.sparse_decode_kernel import decode_attention, plan_decode
 from compactor_vllm.errors import InvalidInputError
@@ -297,18 +297,12 @@ def test_a_captured_graph_follows_the_lengths() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dependent_launch", [False, True])
-def test_large_shared_segment(dependent_launch: bool) -> None:
+def test_large_shared_segment() -> None:
     device = torch.device("cuda")
-    capability = torch.cuda.get_device_capability()
-    if dependent_launch and capability < (9, 0):
-        pytest.skip("needs sm_90")
-    config = default_decode_config(capability, torch.bfloat16, 128)
-    config = dataclasses.replace(config, dependent_launch=dependent_launch)
     lens = [[9000, 4100], *([[100 + 7 * b, 3 * b] for b in range(40)])]
     case = make_case(lens, head_dim=128, page_size=128, dtype=torch.bfloat16, device=device)
     segments = segments_table([[0, 1 + b] for b in range(40)], device)
-    _assert_close(case, segments, *_run(case, segments, 8, config))
+    _assert_close(case, segments, *_run(case, segments, 8))
 
 
 @pytest.mark.gpu

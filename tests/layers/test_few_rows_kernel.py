@@ -50,11 +50,34 @@ def test_equals_float64(device: torch.device, rows: int, size: int, features: in
         assert bool(((got.double() - expected).abs() <= bound).all())
 
 
+@pytest.mark.parametrize(("rows", "size", "features"), [(1, 256, 16), (4, 520, 40), (16, 128, 17), (2, 8, 1)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_gated_equals_float64(device: torch.device, rows: int, size: int, features: int, has_bias: bool) -> None:
+    for dtype in dtypes(device):
+        x, weight, bias, _ = operands(rows, size, 2 * features, dtype, device)
+        both = F.linear(x.double(), weight.double(), bias.double() if has_bias else None)
+        expected = F.silu(both[:, :features]) * both[:, features:]
+        got = few_rows_linear(x, weight, bias if has_bias else None, gated=True)
+        assert got.shape == (rows, features)
+        bound = torch.finfo(dtype).eps * expected.abs() + 1e-5 * (expected.abs().max() + 1)
+        assert bool(((got.double() - expected).abs() <= bound).all())
+
+
+@pytest.mark.parametrize(("size", "features"), [(32, 4224), (8208, 16), (32, 4225), (32, 8193)])
+def test_every_tile(device: torch.device, size: int, features: int) -> None:
+    x, weight, _, _ = operands(3, size, features, torch.float16, device)
+    expected = F.linear(x.double(), weight.double())
+    bound = torch.finfo(torch.float16).eps * expected.abs() + 1e-5 * (expected.abs().max() + 1)
+    assert bool(((few_rows_linear(x, weight).double() - expected).abs() <= bound).all())
+
+
 @pytest.mark.gpu
 def test_which_rows_the_kernel_takes(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     monkeypatch.setattr(
-        few_rows_kernel, "few_rows_linear", lambda x, *more: seen.append(len(x)) or few_rows_linear(x, *more)
+        few_rows_kernel,
+        "few_rows_linear",
+        lambda x, *more, **options: seen.append(len(x)) or few_rows_linear(x, *more, **options),
     )
     weight = torch.randn(32, 64, dtype=torch.bfloat16, device=device)
     for rows in (0, 1, MAX_ROWS, MAX_ROWS + 1):
@@ -64,8 +87,11 @@ def test_which_rows_the_kernel_takes(device: torch.device, monkeypatch: pytest.M
         torch.testing.assert_close(
             few_rows_kernel.linear(x, weight, None, out).double(), expected, rtol=0.02, atol=0.02
         )
+        gated, both = few_rows_kernel.gated_linear(x, weight), x.double() @ weight.double().t()
+        expected = F.silu(both[:, :16]) * both[:, 16:]
+        torch.testing.assert_close(gated.double(), expected, rtol=0.02, atol=0.2)
     few_rows_kernel.linear(torch.randn(2, 64, device=device), torch.randn(32, 64, device=device))
-    assert seen == [1, MAX_ROWS]
+    assert seen == [1, 1, MAX_ROWS, MAX_ROWS]
 
 
 def test_wrong_arguments_are_named(device: torch.device) -> None:
@@ -79,3 +105,5 @@ def test_wrong_arguments_are_named(device: torch.device) -> None:
     }.items():
         with pytest.raises(InvalidInputError, match=name):
             few_rows_linear(*arguments)
+    with pytest.raises(InvalidInputError, match="even number of rows, not 3"):
+        few_rows_linear(x, weight[:3], gated=True)

@@ -76,6 +76,14 @@ def test_dynamic_lengths_are_per_token() -> None:
         torch.testing.assert_close(row, hf_angles(CASES["dynamic"], max(length, MAX_POSITION))[0][70])
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_last_tokens_are_as_far_as_their_sequences_reach(case: str) -> None:
+    rotary, positions = RotaryEmbedding(read(CASES[case])), torch.tensor([3, 70, 400])
+    found, expected = rotary.last_angles(positions), rotary.angles(positions, positions + 1)
+    for actual, angle in zip(found.by_token(), expected.by_token(), strict=True):
+        assert torch.equal(actual, angle)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 def test_rotation_is_complex_multiplication(dtype: torch.dtype, tolerance: float) -> None:
     spec = read(CASES["yarn"])

@@ -40,6 +40,7 @@ KERNEL_MODULES = (
     "compactor_vllm.layers.qkv_kernel",
     "compactor_vllm.layers.activation_kernel",
     "compactor_vllm.layers.few_rows_kernel",
+    "compactor_vllm.layers.step_kernel",
     "compactor_vllm.distributed.one_shot_kernel",
     "compactor_vllm.kv_cache.store_kv_cache",
     "compactor_vllm.kv_cache.write_page_table",

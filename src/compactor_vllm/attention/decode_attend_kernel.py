@@ -60,6 +60,7 @@ def attend_kernel(
     SHARED: tl.constexpr,
     ALONE: tl.constexpr,
     LANES: tl.constexpr,
+    SETTLED: tl.constexpr,
     DEPENDENT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -71,13 +72,13 @@ def attend_kernel(
     """
     GROUP: tl.constexpr = HEADS // KV_HEADS
     USERS: tl.constexpr = BLOCK_M // GROUP
-    if DEPENDENT:
+    if DEPENDENT and not SETTLED:
         gdc_wait()
         gdc_launch_dependents()
     program = tl.program_id(0)
     num_entries = num_seqs * SEGMENTS
     num_x = num_entries * KV_HEADS
-    if ALONE:
+    if ALONE and not SETTLED:
         _clear_empty(plan_ptr + HEADER + MERGE_COUNT * num_x, out_ptr, num_x, GROUP, D, BLOCK_D)
     header_ptr = plan_ptr + (HEADER_BIG if BIG else 0)
     num_items = tl.load(header_ptr)
@@ -87,12 +88,20 @@ def attend_kernel(
     lanes = tl.load(plan_ptr + HEADER_LANES) if LANES else 1
     position = program // lanes * share
     last = tl.minimum(position + share, total)
-    if position >= last:
-        return
+    if not SETTLED:  # noqa: SIM102 - decided when the kernel is compiled
+        if position >= last:
+            return
     share_row = first_row + program // lanes * lanes * BLOCK_M
 
     item = _find_item(plan_ptr, position * lanes, num_items, num_x, BIG, SCAN)
     cost, length, begin, pair, rows = _load_item(plan_ptr, item, num_items, num_x, BIG)
+    if SETTLED:
+        gdc_wait()  # here at the latest: queries come next, and programs without work may end
+        gdc_launch_dependents()
+        if ALONE:
+            _clear_empty(plan_ptr + HEADER + MERGE_COUNT * num_x, out_ptr, num_x, GROUP, D, BLOCK_D)
+        if position >= last:
+            return
     while position < last:
         if not BIG:
             # The next item's words arrive while this one is worked on. Big tiles have no registers for them.

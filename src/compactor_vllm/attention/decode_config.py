@@ -63,7 +63,6 @@ class DecodeConfig:
         merge_by_group_from: from this many output rows on, a merging program takes a whole group of query heads.
         lane_pages: page size of the caches in which the row tiles of a shared segment are worked on side by side
             (decode_plan.py); None: none. Hopper's kernel for the big half has the registers for it.
-        dependent_launch: start each kernel's prologue while the one before drains (sm_90 and newer).
     """
 
     small: TileConfig
@@ -71,7 +70,6 @@ class DecodeConfig:
     merge_warps: int = 4
     merge_by_group_from: int = 2048
     lane_pages: int | None = None
-    dependent_launch: bool = False
 
 
 def default_decode_config(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> DecodeConfig:

@@ -226,7 +226,6 @@ def _launch(plan: DecodePlan, seg_lens_LSK: Tensor, head_begin_LSK: Tensor, segm
         SHARED=plan.shared,
         HAS_BIG=plan.has_big,
         LANES=plan.lanes,
-        DEPENDENT=plan.config.dependent_launch,
         CHUNK=min(_CHUNK, triton.next_power_of_2(num_entries * plan.num_kv_heads)),
         num_warps=4,
     )

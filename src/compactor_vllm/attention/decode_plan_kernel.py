@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
 
 HEADER_WORDS = 16
 PLAN_FIELDS = 11
@@ -95,12 +94,9 @@ def plan_kernel(
     SHARED: tl.constexpr,
     HAS_BIG: tl.constexpr,
     LANES: tl.constexpr,
-    DEPENDENT: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """Plans one layer: lists its items with running sums of cost, then tells each pair where its partials will lie."""
-    if DEPENDENT:
-        gdc_launch_dependents()
     layer = tl.program_id(0).to(tl.int64)
     num_x = num_seqs * SEGMENTS * KV_HEADS
     plan_ptr += layer * (HEADER + FIELDS * num_x)

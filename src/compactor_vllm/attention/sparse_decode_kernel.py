@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from compactor_vllm.attention.decode_attend_kernel import attend_kernel
 from compactor_vllm.attention.decode_config import DecodeConfig, TileConfig, default_decode_config
@@ -35,6 +35,7 @@ from compactor_vllm.attention.decode_plan_kernel import (
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_tensor
 from compactor_vllm.kv_cache.layer_cache import LayerCache
+from compactor_vllm.utils.dependent_launch import dependent_launch
 
 __all__ = ["DecodePlan", "aot_signatures", "decode_attention", "plan_decode"]
 
@@ -50,6 +51,7 @@ def decode_attention(
     out: Tensor | None = None,
     plan: DecodePlan | None = None,
     layer: int = 0,
+    settled: bool = False,
 ) -> Tensor:
     """One query token per sequence against all kept tokens of its segments.
 
@@ -64,6 +66,8 @@ def decode_attention(
         out: where to write; shape and dtype of `q_BHD`.
         plan: from `plan_decode` with the lengths that the cache has now; None plans this layer alone.
         layer: which layer of `plan`.
+        settled: whether `plan` was there before the launch in front of this call began, so that programs may read
+            their part of it while they wait for the queries.
 
     Returns:
         [B, H, D]; zeros for a sequence whose segments hold no token.
@@ -84,9 +88,9 @@ def decode_attention(
             dtype=q_BHD.dtype,
             page_size=cache.page_size,
         )
-        layer = 0
+        layer, settled = 0, False
     words = plan.words_LW[layer]
-    _attend(out, q_BHD, cache, scale, plan, words, big=False)
+    _attend(out, q_BHD, cache, scale, plan, words, big=False, settled=settled)
     if plan.has_big:
         _attend_big(out, q_BHD, cache, scale, plan, words)
     if not plan.alone:
@@ -131,12 +135,21 @@ def _check(
 
 
 def _attend(
-    out: Tensor, q_BHD: Tensor, cache: LayerCache, scale: float, plan: DecodePlan, words: Tensor, big: bool
+    out: Tensor,
+    q_BHD: Tensor,
+    cache: LayerCache,
+    scale: float,
+    plan: DecodePlan,
+    words: Tensor,
+    *,
+    big: bool,
+    settled: bool = False,
 ) -> None:
     tiles = plan.config.big if big else plan.config.small
     constants = _attend_constants(
         tiles, plan.num_heads, plan.num_kv_heads, plan.num_segments, plan.head_dim, cache.page_size
     )
+    dependent = dependent_launch(plan.num_seqs, q_BHD)
     attend_kernel[(plan.big_programs if big else plan.small_programs,)](
         q_BHD,
         cache.k_pages_PRD,
@@ -156,12 +169,12 @@ def _attend(
         SHARED=plan.shared,
         ALONE=plan.alone,
         LANES=big and plan.lanes,
-        DEPENDENT=plan.config.dependent_launch,
+        SETTLED=settled and dependent["DEPENDENT"],
         # Triton's interpreter has no bfloat16 products.
         UPCAST=q_BHD.dtype == torch.bfloat16 and not q_BHD.is_cuda,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-        **({"launch_pdl": True} if plan.config.dependent_launch else {}),
+        **dependent,
     )
 
 
@@ -186,9 +199,8 @@ def _merge(out: Tensor, plan: DecodePlan, words: Tensor) -> None:
         plan.partial_lse,
         plan.num_seqs,
         **_merge_constants(plan.config, plan.num_heads, plan.num_kv_heads, plan.num_segments, plan.head_dim, heads),
-        DEPENDENT=plan.config.dependent_launch,
         num_warps=plan.config.merge_warps,
-        **({"launch_pdl": True} if plan.config.dependent_launch else {}),
+        **dependent_launch(plan.num_seqs, out),
     )
 
 
@@ -256,11 +268,12 @@ def aot_signatures(
     constants["LANES"] = True
     config = default_decode_config(capability, torch.bfloat16, 128)
     yield _aot(group_entries_kernel, {"SEGMENTS": 8, "BLOCK": 32, "CHUNK": 128}, {}, 4, 1, "group entries")
-    plan_constants = {**constants, **plan_constants_of(config), "DEPENDENT": config.dependent_launch, "CHUNK": 1024}
+    plan_constants = {**constants, **plan_constants_of(config), "CHUNK": 1024}
     yield _aot(plan_kernel, plan_constants, {}, 4, 1, "plan decode")
     shapes = [("bf16", 64), ("bf16", 80), ("bf16", 96), ("bf16", 128), ("bf16", 256), ("fp16", 128), ("fp32", 128)]
     for dtype, head_dim in shapes:
         config = default_decode_config(capability, _AOT_TYPES[dtype], head_dim)
+        dependent = {"DEPENDENT": capability >= (9, 0) and dtype != "fp32"}
         for users, tiles, segments in (
             ("alone", config.small, 1),
             ("few users", config.small, 8),
@@ -273,17 +286,15 @@ def aot_signatures(
                     "SHARED": segments > 1,
                     "ALONE": segments == 1,
                     "LANES": False,  # where there are lanes, another kernel works on them
-                    "DEPENDENT": config.dependent_launch,
+                    "SETTLED": dependent["DEPENDENT"] and segments == 1,
+                    **dependent,
                     "UPCAST": False,
                 }
                 floats = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}")
                 label = f"decode attend {users} {dtype} D{head_dim} page {page_size}"
                 yield _aot(attend_kernel, attend_constants, floats, tiles.num_warps, tiles.num_stages, label)
         for heads in (1, 4):
-            merge_constants = {
-                **_merge_constants(config, 32, 8, 8, head_dim, heads),
-                "DEPENDENT": config.dependent_launch,
-            }
+            merge_constants = {**_merge_constants(config, 32, 8, 8, head_dim, heads), **dependent}
             label = f"decode merge {dtype} D{head_dim} heads {heads}"
             yield _aot(_merge_kernel, merge_constants, {"out_ptr": f"*{dtype}"}, config.merge_warps, 1, label)
 
@@ -322,6 +333,7 @@ def _merge_kernel(
 ):
     """Merges the partial results of MERGE_HEADS query heads of one sequence; zeros where there are none."""
     if DEPENDENT:
+        gdc_launch_dependents()
         gdc_wait()
     GROUP: tl.constexpr = HEADS // KV_HEADS
     first_head = (tl.program_id(0) * MERGE_HEADS) % HEADS

@@ -19,13 +19,12 @@ from compactor_vllm.core.request import Request
 from compactor_vllm.kv_cache.page_table import PagedKVCache
 from compactor_vllm.layers.attention import LayerInfo
 from compactor_vllm.layers.kernels import Kernels
+from compactor_vllm.layers.step import FIELDS, POSITION, SLOT, SOURCE, TOKEN
 from compactor_vllm.models.common import CausalLM, DecoderLayer
 from compactor_vllm.utils.context import MAX_SEGMENTS
 from compactor_vllm.utils.helpers import track
 
 logger = logging.getLogger("compactor_vllm")
-
-_TOKEN, _POSITION, _SLOT, _SOURCE, _FIELDS = range(5)  # columns of a step's inputs; segments follow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +69,8 @@ class DecodeStep:
         self.model, self.layers, self.kernels, self.cache, self.layer_infos = model, layers, kernels, cache, layer_infos
         self.max_rows, self.device = max_rows, cache.device
         spec = model.spec
-        self._inputs = InputBuffer(max_rows, _FIELDS + MAX_SEGMENTS, device=self.device)
-        self.drawn_B = torch.zeros(max_rows, dtype=torch.int64, device=self.device)
+        self._inputs = InputBuffer(max_rows, FIELDS + MAX_SEGMENTS, device=self.device)
+        self.drawn_B = torch.zeros(max_rows + max_rows % 2, dtype=torch.int64, device=self.device)
         shape = (spec.num_layers, max_rows, model.num_heads, spec.head_dim)
         self.queries_LBHD = torch.zeros(shape, dtype=cache.dtype, device=self.device)
         self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, DecodeOutput]] = {}
@@ -84,19 +83,19 @@ class DecodeStep:
     @staticmethod
     def inputs(requests: list[Request], sources: list[int]) -> np.ndarray:
         """What a step of these requests reads, int32 [B, columns]; see `ModelRunner.decode`."""
-        inputs = np.full((len(requests), _FIELDS + MAX_SEGMENTS), -1, dtype=np.int32)
+        inputs = np.full((len(requests), FIELDS + MAX_SEGMENTS), -1, dtype=np.int32)
         known = [-1 if source >= 0 else request.next_input for request, source in zip(requests, sources, strict=True)]
-        inputs[:, _TOKEN] = np.maximum(known, 0)
-        inputs[:, _POSITION] = [request.computed for request in requests]
-        inputs[:, _SOURCE] = sources
+        inputs[:, TOKEN] = np.maximum(known, 0)
+        inputs[:, POSITION] = [request.computed for request in requests]
+        inputs[:, SOURCE] = sources
         for row, request in zip(inputs, requests, strict=True):
             slots = [segment.slot for segment in request.segments]
-            row[_SLOT], row[_FIELDS : _FIELDS + len(slots)] = slots[-1], slots
+            row[SLOT], row[FIELDS : FIELDS + len(slots)] = slots[-1], slots
         return inputs
 
     def run(self, inputs_BX: np.ndarray) -> DecodeOutput:
         """Launches a step, of what `inputs` has made."""
-        rows, several = len(inputs_BX), bool((inputs_BX[:, _FIELDS + 1] >= 0).any())
+        rows, several = len(inputs_BX), bool((inputs_BX[:, FIELDS + 1] >= 0).any())
         size = next((bucket for bucket in self.buckets if bucket >= rows), None)
         self._write_inputs(inputs_BX, size or rows)
         if size is None:
@@ -108,12 +107,12 @@ class DecodeStep:
     def launch_idle(self, rows: int, several: bool = False) -> Tensor:
         """A step of rows without sequences, which changes nothing; its logits."""
         inputs = self._inputs.tensor
-        inputs[:, _TOKEN], inputs[:, _POSITION], inputs[:, _SLOT:] = 0, 0, -1
+        inputs[:, TOKEN], inputs[:, POSITION], inputs[:, SLOT:] = 0, 0, -1
         return self._launch(rows, several).logits_BV
 
     def _write_inputs(self, inputs_BX: np.ndarray, rows: int) -> None:
         host = self._inputs.next()[:rows]
-        host[:, _TOKEN], host[:, _POSITION], host[:, _SLOT:] = 0, 0, -1
+        host[:, TOKEN], host[:, POSITION], host[:, SLOT:] = 0, 0, -1
         host[: len(inputs_BX)] = inputs_BX
         self._inputs.send(rows)
 
@@ -126,11 +125,10 @@ class DecodeStep:
         model, attention, inputs = self.model, self.kernels.attention, self._inputs.tensor[:rows]
         ops = self.kernels.pointwise
         model.group.broadcast_(self.drawn_B)
-        source_B = inputs[:, _SOURCE].long()
-        ids_B = torch.where(source_B >= 0, self.drawn_B[source_B.clamp(min=0)], inputs[:, _TOKEN].long())
-        positions_B, slots_B = inputs[:, _POSITION].long(), inputs[:, _SLOT].contiguous()
-        segments_BG = inputs[:, _FIELDS : _FIELDS + (MAX_SEGMENTS if several else 1)].contiguous()
-        angles = model.rotary.angles(positions_B, positions_B + 1)
+        ids_B, positions_B, slots_B, segments_BG = self.kernels.step_inputs(
+            inputs, self.drawn_B, MAX_SEGMENTS if several else 1
+        )
+        angles = model.rotary.last_angles(positions_B)
         options = self._plan(segments_BG, several)
         x_BE = model.embed(ids_B)
         for info, layer in zip(self.layer_infos, self.layers, strict=True):
@@ -150,10 +148,12 @@ class DecodeStep:
                 options["layer"] = info.index
             attention_BHD = attention.decode(q_BHD, cache, segments_BG, info.scale, **options)
             x_BE = layer.mlp_output(layer.attention_output(x_BE, attention_BHD, ops), ops)
-        logits_BV = model.logits(x_BE, ops, None if self._logits_BV is None else self._logits_BV[:rows])
-        best_B, ids_B = logits_BV.max(dim=1)
-        self.drawn_B[:rows] = ids_B
-        return DecodeOutput(logits_BV=logits_BV, greedy_2B=torch.stack([ids_B, (~best_B.isfinite()).long()]))
+        logits_BV, greedy_2B = self.kernels.greedy(
+            model.raw_logits(x_BE, ops),
+            self.drawn_B[:rows],
+            None if self._logits_BV is None else self._logits_BV[:rows],
+        )
+        return DecodeOutput(logits_BV=logits_BV, greedy_2B=greedy_2B)
 
     def _plan(self, segments_BG: Tensor, several: bool) -> dict:
         """Arguments of decode attention that hold its plan for all layers."""
@@ -172,7 +172,8 @@ class DecodeStep:
                 extra=1,
                 max_sharing=None if several else 1,
                 page_size=self.cache.page_size,
-            )
+            ),
+            "settled": True,  # the projections come in between
         }
 
     # ---- CUDA graphs ---------------------------------------------------------------------------------------------

@@ -78,14 +78,18 @@ class Group:
         """[size, *x.shape]: the tensors of all ranks, which have one shape."""
         return x[None]
 
+    def all_gather_columns(self, x_RC: Tensor) -> Tensor:
+        """[R, size * C]: the columns of all ranks, which have one shape [R, C], in the order of the ranks."""
+        return self.all_gather(x_RC).transpose(0, 1).flatten(1)
+
     def broadcast_(self, x: Tensor) -> Tensor:
         """Replaces `x` (contiguous) by that of rank 0; returns it."""
         return x
 
     def connect(self, dtype: torch.dtype) -> None:
-        """Prepares faster sums of small tensors of this type, if there are any here.
+        """Prepares faster exchanges of small tensors, of which sums are of this type, if there are any here.
 
-        All ranks together, on one stream, before graphs are captured; until then sums take the general way.
+        All ranks together, on one stream, before graphs are captured; until then all of them take the general way.
         """
 
     def check(self) -> None:
@@ -153,13 +157,22 @@ class TorchGroup(Group):
         return super().add_reduced_(out, part)
 
     def all_gather(self, x: Tensor) -> Tensor:
+        if self._one_shot is not None and self._one_shot.takes_copies(x):
+            return self._one_shot.gather(x)
         out = x.new_empty(self.size, *x.shape)
         options = AllgatherOptions()
         options.asyncOp = False
         self._wait("_allgather_base", out.view(-1), x.contiguous().view(-1), options)
         return out
 
+    def all_gather_columns(self, x_RC: Tensor) -> Tensor:
+        if self._one_shot is not None and self._one_shot.takes_copies(x_RC, len(x_RC)):
+            return self._one_shot.gather_columns(x_RC)
+        return super().all_gather_columns(x_RC)
+
     def broadcast_(self, x: Tensor) -> Tensor:
+        if self._one_shot is not None and self._one_shot.takes_copies(x):
+            return self._one_shot.broadcast_(x)
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor, options.asyncOp = 0, 0, False
         self._wait("broadcast", [x], options)

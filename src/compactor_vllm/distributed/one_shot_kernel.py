@@ -1,9 +1,11 @@
-"""Sums of small tensors over ranks whose GPUs write to each other's memory: one kernel, one way over NVLink.
+"""Exchanges of small tensors by ranks whose GPUs write to each other's memory: one kernel, one way over NVLink.
 
-NCCL's all-reduce of the few rows of a decode step takes some 30 us, nearly all of it set-up and fences. Here every
-rank writes its part into the inboxes of the others and adds up what has come into its own. Each 32 bits travel beside
-the number of the exchange in one 64-bit word, which arrives whole or not at all (NCCL's LL protocol), so that neither
-fences nor separate signals are needed. The residual stream that the sum is added to is read meanwhile.
+NCCL's exchange of the few rows of a decode step takes some 30 us, nearly all of it set-up and fences. Here every rank
+writes its part into the inboxes of the others, and adds up or stores what has come into its own. Each 32 bits travel
+beside the number of the exchange in one 64-bit word, which arrives whole or not at all (NCCL's LL protocol), so that
+neither fences nor separate signals are needed. The residual stream that a sum is added to is read meanwhile.
+
+Shape suffixes: R rows, C columns of a rank, N ranks.
 """
 
 from __future__ import annotations
@@ -15,12 +17,18 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from compactor_vllm.utils.dependent_launch import dependent_launch
 
 PROGRAMS = 64
 """Of every launch, so that all of them count the same exchanges; few enough to run at the same time."""
 
-MAX_BYTES = 512 * 1024
-"""Bytes that a rank sends at most, those of one tensor to all others together; from there on NCCL is faster."""
+MAX_SUM_BYTES = 512 * 1024
+"""Bytes of a sum that a rank sends at most, to all others together; from there on NCCL is faster."""
+
+MAX_GATHER_BYTES = 2 * 1024 * 1024
+"""The same of other exchanges. An estimate: where NCCL is faster has not been measured for these."""
 
 MAX_RANKS = 8
 SPINS = 1 << 30
@@ -32,9 +40,14 @@ DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32:
 _RUNNING, _ENDED, _GIVEN_UP = range(3)
 
 
+def largest(size: int, limit: int) -> int:
+    """Bytes of the largest tensor of which each of `size` ranks sends no more than `limit` bytes; a multiple of 16."""
+    return limit // (size - 1) // 16 * 16
+
+
 def capacity(size: int) -> int:
-    """Words of 32 bits of the largest tensor that `size` ranks exchange; a multiple of 4."""
-    return MAX_BYTES // (size - 1) // 16 * 4
+    """Words that an inbox has room for, from each of `size` ranks; a multiple of 4."""
+    return max(largest(size, MAX_SUM_BYTES), largest(size, MAX_GATHER_BYTES)) // 4
 
 
 def inbox_bytes(size: int) -> int:
@@ -43,14 +56,15 @@ def inbox_bytes(size: int) -> int:
 
 
 class OneShot:
-    """Sums of one rank's tensors with those of the others.
+    """Sums of one rank's tensors with those of the others, and copies of the others' tensors.
 
-    All ranks make the same calls in the same order, each on one stream; CUDA graphs may hold them.
+    All ranks make the same calls in the same order, each on one stream; CUDA graphs may hold them. Exchanges of all
+    kinds are numbered together.
 
     Args:
         inboxes: addresses of the ranks' inboxes, `inbox_bytes` of zeros each, as seen from `device`.
         rank: this one.
-        dtype: of the tensors: bfloat16, float16 or float32.
+        dtype: of tensors that are summed: bfloat16, float16 or float32.
     """
 
     def __init__(self, inboxes: list[int], rank: int, device: torch.device, dtype: torch.dtype):
@@ -67,11 +81,11 @@ class OneShot:
 
         The answer is the same on all ranks: their memory begins at multiples of 512 bytes, their slices at equal ones.
         """
-        size = part.numel() * part.element_size()
+        size = part.nbytes
         return (
             self._state[0] != _ENDED
             and part.dtype == self.dtype
-            and 0 < size <= capacity(self.size) * 4
+            and 0 < size <= largest(self.size, MAX_SUM_BYTES)
             and size % 16 == 0
             and all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in (part, out) if x is not None)
             and (out is None or (out.dtype == self.dtype and out.shape == part.shape))
@@ -79,69 +93,125 @@ class OneShot:
 
     def reduce_(self, x: Tensor) -> Tensor:
         """Replaces `x`, which it `takes`, by its sum over the ranks, the same bits on all of them."""
-        self.launch(x, x, x.numel() * x.element_size(), add=False)
+        self.launch(x, x, x.nbytes, add=False)
         return x
 
     def add_(self, out: Tensor, part: Tensor) -> Tensor:
         """out += the sum of the ranks' parts, rounded once; `out` is returned."""
-        self.launch(part, out, part.numel() * part.element_size(), add=True)
+        self.launch(part, out, part.nbytes, add=True)
         return out
 
-    def launch(self, part: Tensor, out: Tensor, size: int, *, add: bool) -> None:
-        """See `reduce_` and `add_`; `size` bytes, of which 0 only compile the kernel."""
+    def takes_copies(self, x: Tensor, rows: int = 1) -> bool:
+        """Whether ranks can copy tensors of this shape and type, of any type and layout, from each other here.
+
+        Args:
+            rows: in which the tensors of several ranks are to lie beside each other.
+        """
+        size = x.nbytes  # and not where it lies, so that the answer is the same on all ranks
+        return self._state[0] != _ENDED and 0 < size <= largest(self.size, MAX_GATHER_BYTES) and size % (rows * 16) == 0
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[size, *x.shape], the tensors of all ranks, bit for bit; `takes_copies(x)` holds."""
+        out = x.new_empty(self.size, *x.shape)
+        self.launch(_aligned(x), out, x.nbytes, kept=self.size)
+        return out
+
+    def gather_columns(self, x_RC: Tensor) -> Tensor:
+        """[R, N * C], the columns of all ranks, in their order; `takes_copies(x_RC, R)` holds."""
+        rows, columns = x_RC.shape
+        out = x_RC.new_empty(rows, self.size * columns)
+        self.launch(_aligned(x_RC), out, x_RC.nbytes, kept=self.size, rows=rows)
+        return out
+
+    def broadcast_(self, x: Tensor) -> Tensor:
+        """Replaces `x`, for which `takes_copies(x)` holds, by that of rank 0."""
+        aligned = _aligned(x)
+        self.launch(aligned, aligned, x.nbytes, kept=1)
+        return x if aligned is x else x.copy_(aligned)
+
+    def compile(self, device: torch.device) -> None:
+        """Compiles and loads the kernel in all of its forms, without an exchange."""
+        x = torch.zeros(8, dtype=self.dtype, device=device)
+        for form in ({"add": False}, {"add": True}, {"kept": 1}, {"kept": self.size}):
+            self.launch(x, x, 0, **form)
+
+    def launch(self, part: Tensor, out: Tensor, size: int, *, add: bool = False, kept: int = 0, rows: int = 1) -> None:
+        """One exchange of `size` bytes, of which 0 only compile the kernel.
+
+        Args:
+            part, out: contiguous, at multiples of 16 bytes.
+            add, kept: constants of the kernel.
+            rows: in which `kept` ranks' parts lie beside each other.
+        """
         _one_shot_kernel[(PROGRAMS,)](
-            part.view(torch.int32),
-            out.view(torch.int32),
+            part.view(-1).view(torch.int32),
+            out.view(-1).view(torch.int32),
             self._table,
             self._epochs,
             size // 16,
+            size // 16 // rows,
             self.spins,
             RANK=self.rank,
             SIZE=self.size,
             ADD=add,
+            KEPT=kept,
             DTYPE=DTYPES[self.dtype],
             CAPACITY=capacity(self.size),
             BLOCK=_BLOCK,
             num_warps=_WARPS,
+            **dependent_launch(part.shape[0], part),
         )
 
     def end(self) -> None:
-        """Lets every kernel that waits go on, at once and with wrong sums; nothing is taken any more."""
+        """Lets every kernel that waits go on, at once and with wrong results; nothing is taken any more."""
         self._state[0] = _ENDED
 
     @property
     def given_up(self) -> bool:
-        """Whether a kernel has waited in vain; its sums, and what came of them, are wrong."""
+        """Whether a kernel has waited in vain; its results, and what came of them, are wrong."""
         return bool(self._state[0] == _GIVEN_UP)
 
 
-@triton.jit(do_not_specialize=["quads", "limit"])
+def _aligned(x: Tensor) -> Tensor:
+    """`x` itself, or a copy of it that is contiguous and begins at a multiple of 16 bytes."""
+    fits = x.is_contiguous() and x.data_ptr() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+@triton.jit(do_not_specialize=["quads", "row_quads", "limit"])
 def _one_shot_kernel(
     part_ptr,  # int32, the words of this rank's part
-    out_ptr,  # int32, the words of the sum; where ADD, what it is added to as well
+    out_ptr,  # int32, the words of the result; where ADD, what the sum is added to as well
     table_ptr,  # int64 [SIZE + 1], addresses of the ranks' inboxes, and of the word that ends waiting
     epochs_ptr,  # int32 [programs], exchanges so far
     quads,  # words of a part / 4
+    row_quads,  # words of a row of it / 4; where KEPT
     limit,  # rounds of waiting
     RANK: tl.constexpr,
     SIZE: tl.constexpr,
     ADD: tl.constexpr,
+    KEPT: tl.constexpr,  # ranks whose parts are stored instead of added, row by row beside each other; 0: the sum
     DTYPE: tl.constexpr,
     CAPACITY: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
-    """Each program sends some blocks of words to all others, then waits for theirs, and adds them in rank order.
+    """Each program sends some blocks of words to all others, then waits for theirs, and adds or stores them by rank.
 
     Two halves of an inbox serve in turn. That is enough: whoever sends exchange e has received all of e - 1, so its
-    peers had begun e - 1, and had therefore, launches of a stream being in order, finished reading e - 2.
+    peers had begun e - 1, and had therefore, launches of a stream being in order, finished reading e - 2. This is why
+    every rank sends its part to all others, and waits for theirs, where only those of KEPT ranks are wanted, too.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
-    words = quads * 4
-    # Loaded at once, as each takes as long as all of them.
-    epoch = tl.load(epochs_ptr + program) + 1
+    words, row = quads * 4, row_quads * 4
+    # Loaded at once, as each takes as long as all of them. The table never changes.
     next_address = tl.load(table_ptr + (RANK + 1) % SIZE)
     own_address = tl.load(table_ptr + RANK)
     stop_ptr = tl.load(table_ptr + SIZE).to(tl.pointer_type(tl.int32))
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
+    epoch = tl.load(epochs_ptr + program) + 1
     half = (epoch & 1) * (SIZE * CAPACITY)
     for begin in range(program * BLOCK, words, programs * BLOCK):
         at = begin + tl.arange(0, BLOCK)
@@ -169,12 +239,17 @@ def _one_shot_kernel(
             if rank != RANK:
                 from_ptr = tl.multiple_of(inbox_ptr + rank * CAPACITY + at, 16)
                 word, rounds = _receive(from_ptr, at < words, epoch, stop_ptr, rounds, limit)
-            low += _low(word, DTYPE)
-            high += _high(word, DTYPE)
+            if KEPT == 0:
+                low += _low(word, DTYPE)
+                high += _high(word, DTYPE)
+            elif rank < KEPT:
+                before = (at // row * (KEPT - 1) + rank) * row  # words of other ranks that come before this one
+                tl.store(out_ptr + at + before, word, mask=at < words)
         if ADD:
             low += _low(base, DTYPE)
             high += _high(base, DTYPE)
-        tl.store(out_ptr + at, _joined(low, high, DTYPE), mask=at < words)
+        if KEPT == 0:
+            tl.store(out_ptr + at, _joined(low, high, DTYPE), mask=at < words)
     tl.store(epochs_ptr + program, epoch)
 
 
@@ -227,12 +302,23 @@ def _joined(low, high, DTYPE: tl.constexpr):
     return word
 
 
-def aot_signatures() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int, str]]:
+def aot_signatures(
+    capability: tuple[int, int],
+) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int, str]]:
     """Configurations to compile ahead of time, see `attention.compile_kernels`."""
     signature = {"part_ptr": "*i32", "out_ptr": "*i32", "table_ptr": "*i64", "epochs_ptr": "*i32"}
-    signature |= {"quads": "i32", "limit": "i32"}
-    cases = ((2, tl.bfloat16, True), (2, tl.bfloat16, False), (8, tl.float16, True), (3, tl.float32, True))
-    for size, dtype, add in cases:
-        constants = {"RANK": 1, "SIZE": size, "ADD": add, "DTYPE": dtype, "CAPACITY": capacity(size), "BLOCK": _BLOCK}
-        label = f"one-shot all-reduce {size} ranks {dtype}{' add' if add else ''}"
-        yield _one_shot_kernel, signature, constants, _WARPS, 1, label
+    signature |= {"quads": "i32", "row_quads": "i32", "limit": "i32"}
+    cases = (
+        ("all-reduce add", 2, tl.bfloat16, True, 0),
+        ("all-reduce", 2, tl.bfloat16, False, 0),
+        ("all-reduce add", 8, tl.float16, True, 0),
+        ("all-reduce add", 3, tl.float32, True, 0),
+        ("all-gather", 2, tl.bfloat16, False, 2),
+        ("all-gather", 8, tl.bfloat16, False, 8),
+        ("broadcast", 2, tl.bfloat16, False, 1),
+    )
+    for name, size, dtype, add, kept in cases:
+        constants = {"RANK": 1, "SIZE": size, "ADD": add, "KEPT": kept, "DTYPE": dtype}
+        constants |= {"CAPACITY": capacity(size), "BLOCK": _BLOCK}
+        constants["DEPENDENT"] = capability >= (9, 0) and dtype != tl.float32
+        yield _one_shot_kernel, signature, constants, _WARPS, 1, f"one-shot {name} {size} ranks {dtype}"

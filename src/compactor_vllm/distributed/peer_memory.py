@@ -143,9 +143,7 @@ def connect(group: Group, device: torch.device, dtype: torch.dtype) -> tuple[Pee
         assert memory is not None
         addresses = memory.open([bytes(row.tolist()) for row in handles.cpu()], group.rank)
         exchange = OneShot(addresses, group.rank, device, dtype)
-        x = torch.zeros(8, dtype=dtype, device=device)
-        for add in (False, True):
-            exchange.launch(x, x, 0, add=add)
+        exchange.compile(device)
         torch.cuda.synchronize(device)
 
     def try_it() -> None:
@@ -169,15 +167,17 @@ def connect(group: Group, device: torch.device, dtype: torch.dtype) -> tuple[Pee
 
 
 def _try(exchange: OneShot, rank: int, size: int, device: torch.device) -> None:
-    """Sums tensors whose sums are known, of several sizes.
+    """Exchanges tensors whose sums and copies are known, of several sizes, all kinds in turn.
 
     Raises:
-        RuntimeError: a sum is wrong, or does not come.
+        RuntimeError: a result is wrong, or does not come.
     """
-    from compactor_vllm.distributed.one_shot_kernel import capacity
+    from compactor_vllm.distributed.one_shot_kernel import MAX_GATHER_BYTES, MAX_SUM_BYTES, largest
 
     exchange.spins, usual = _TRIAL_SPINS, exchange.spins
-    most = capacity(size) * 4 // exchange.dtype.itemsize
+    most = largest(size, MAX_SUM_BYTES) // exchange.dtype.itemsize
+    most_words = largest(size, MAX_GATHER_BYTES) // 32 * 8  # in two rows, too
+    ranks_N1 = torch.arange(1, size + 1, dtype=torch.int32, device=device)[:, None]
     wrong = torch.zeros((), dtype=torch.int64, device=device)
     for turn, count in enumerate((8, most, 4096, most, most, 16384 % most + 8)):
         numbers = torch.arange(count, device=device) % 5 + turn % 2  # so small that sums are exact in every type
@@ -185,9 +185,15 @@ def _try(exchange: OneShot, rank: int, size: int, device: torch.device) -> None:
         total = (numbers * (size * (size + 1) // 2)).to(exchange.dtype)
         wrong += (exchange.add_(base.clone(), part) != total + base).sum()
         wrong += (exchange.reduce_(part) != total).sum()
+        words = torch.arange(most_words if turn % 2 else 1024, dtype=torch.int32, device=device) + turn
+        mine, everyones = words * (rank + 1), words * ranks_N1
+        wrong += (exchange.gather(mine) != everyones).sum()
+        columns = exchange.gather_columns(mine.view(2, -1)).view(2, size, -1)
+        wrong += (columns != everyones.view(size, 2, -1).transpose(0, 1)).sum()
+        wrong += (exchange.broadcast_(mine) != words).sum()
     torch.cuda.synchronize(device)
     exchange.spins = usual
     if exchange.given_up:
         raise RuntimeError("what another GPU writes does not arrive")
     if wrong.item():
-        raise RuntimeError(f"{wrong.item()} sums of tensors that ranks exchanged directly are wrong")
+        raise RuntimeError(f"{wrong.item()} numbers that ranks exchanged directly are wrong")

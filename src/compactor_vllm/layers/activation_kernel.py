@@ -17,9 +17,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_kind, check_tensor
+from compactor_vllm.utils.dependent_launch import dependent_launch
 from compactor_vllm.utils.helpers import ceil_div, power_of_two
 
 MAX_NORM_SIZE = 16384  # elements of a row that a program of `rms_norm` holds in registers
@@ -105,6 +107,7 @@ def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float, out: Tensor | None = No
         SIZE=size,
         PADDED=padded,
         num_warps=_norm_warps(padded),
+        **dependent_launch(num_rows, x_TE),
     )
     return out
 
@@ -151,14 +154,18 @@ def _silu_and_mul_kernel(gate_ptr, out_ptr, stride_gate, stride_out, stride_half
 
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr, weight_ptr, out_ptr, stride_x, stride_out, eps, SIZE: tl.constexpr, PADDED: tl.constexpr
+    x_ptr, weight_ptr, out_ptr, stride_x, stride_out, eps,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One program a row, which it has read before it writes."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, PADDED)
     mask = column < SIZE
-    x = tl.load(x_ptr + row * stride_x + column, mask=mask, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
+    x = tl.load(x_ptr + row * stride_x + column, mask=mask, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps)
     result = x * scale * weight
     tl.store(out_ptr + row * stride_out + column, result.to(out_ptr.dtype.element_ty), mask=mask)
@@ -173,7 +180,7 @@ def aot_signatures(
             signature = _signature(_silu_and_mul_kernel, dtype, {"BLOCK"})
             yield _silu_and_mul_kernel, signature, {"BLOCK": block}, _WARPS, 1, f"silu_and_mul {dtype} block {block}"
         for size in (4096, MAX_NORM_SIZE):
-            constants = {"SIZE": size, "PADDED": size}
+            constants = {"SIZE": size, "PADDED": size, "DEPENDENT": capability >= (9, 0) and dtype != "fp32"}
             signature = _signature(_rms_norm_kernel, dtype, set(constants))
             yield _rms_norm_kernel, signature, constants, _norm_warps(size), 1, f"rms_norm {dtype} E{size}"
 

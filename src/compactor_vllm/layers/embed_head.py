@@ -39,10 +39,16 @@ class VocabEmbedding(WeightLayer):
         x_TE = F.embedding(local_T.clamp(0, max(self.span.size - 1, 0)), self.weight)
         return self.group.all_reduce_(x_TE.masked_fill_(~here_T[:, None], 0))
 
+    def raw_logits(self, x_RE: Tensor) -> Tensor:
+        """[R, V] from normalised hidden states, in their type, on every rank; rows may lie apart."""
+        logits_RV = F.linear(x_RE, self.weight)
+        if self.group.size == 1:
+            return logits_RV
+        if self.span.size < self.rows:
+            logits_RV = F.pad(logits_RV, (0, self.rows - self.span.size))
+        return self.group.all_gather_columns(logits_RV)[:, : self.vocab_size]
+
     def logits(self, x_RE: Tensor, out: Tensor | None = None) -> Tensor:
         """float32 [R, V] from normalised hidden states; in `out`, if that is given."""
-        logits_RV = F.linear(x_RE, self.weight)
-        if self.group.size > 1:
-            padded_RV = F.pad(logits_RV, (0, self.rows - self.span.size))
-            logits_RV = self.group.all_gather(padded_RV).transpose(0, 1).flatten(1)[:, : self.vocab_size]
+        logits_RV = self.raw_logits(x_RE)
         return logits_RV.float() if out is None else out.copy_(logits_RV)

@@ -23,6 +23,7 @@ class Kernels:
         assign_pages, store_selected, store_all, append, compact: writes of the cache.
         select_tokens: exact selection of kept (token, head) pairs.
         split_qkv, split_qkv_append: from projections to heads, see `layers.qkv`.
+        step_inputs, greedy: the first and the last of a decode step, see `layers.step`.
         pointwise: norms, activations, and linear layers that add to the residual stream.
         scoring: which score kernels methods may use.
     """
@@ -37,6 +38,8 @@ class Kernels:
     select_tokens: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     split_qkv: Callable[..., None]
     split_qkv_append: Callable[..., None]
+    step_inputs: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]
+    greedy: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     pointwise: Pointwise
     scoring: Literal["triton", "torch"]
 
@@ -68,7 +71,7 @@ def resolve_kernels(backend: AttentionBackend, device: torch.device) -> Kernels:
         from compactor_vllm.compression.select_kernel import select_tokens
         from compactor_vllm.kv_cache import store_kv_cache
         from compactor_vllm.kv_cache.write_page_table import assign_pages
-        from compactor_vllm.layers import activation_kernel, few_rows_kernel, qkv_kernel
+        from compactor_vllm.layers import activation_kernel, few_rows_kernel, qkv_kernel, step_kernel
 
         stores = store_kv_cache
         operations = {
@@ -76,16 +79,19 @@ def resolve_kernels(backend: AttentionBackend, device: torch.device) -> Kernels:
             "select_tokens": select_tokens,
             "split_qkv": qkv_kernel.split_qkv,
             "split_qkv_append": qkv_kernel.split_qkv_append,
+            "step_inputs": step_kernel.step_inputs,
+            "greedy": step_kernel.greedy,
             "pointwise": Pointwise(
                 rms_norm=activation_kernel.rms_norm,
                 silu_and_mul=activation_kernel.silu_and_mul,
                 linear=few_rows_kernel.linear,
+                gated_linear=few_rows_kernel.gated_linear,
             ),
         }
     else:
         from compactor_vllm.compression import selection
         from compactor_vllm.kv_cache import reference
-        from compactor_vllm.layers import qkv
+        from compactor_vllm.layers import qkv, step
 
         stores = reference
         operations = {
@@ -93,6 +99,8 @@ def resolve_kernels(backend: AttentionBackend, device: torch.device) -> Kernels:
             "select_tokens": selection.select_tokens,
             "split_qkv": qkv.split_qkv,
             "split_qkv_append": qkv.split_qkv_append,
+            "step_inputs": step.step_inputs,
+            "greedy": step.greedy,
             "pointwise": TORCH,
         }
     return Kernels(

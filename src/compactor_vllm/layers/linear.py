@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compactor_vllm.distributed.group import SINGLE, Group, Span
@@ -65,8 +64,8 @@ class Linear(WeightLayer):
         self.weight = empty_parameter(out_features, in_features)
         self.bias = empty_parameter(out_features) if bias else None
 
-    def forward(self, x_TI: Tensor) -> Tensor:
-        return F.linear(x_TI, self.weight, self.bias)
+    def forward(self, x_TI: Tensor, ops: Pointwise = TORCH) -> Tensor:
+        return ops.linear(x_TI, self.weight, self.bias)
 
     def add_to_(self, out_TO: Tensor, x_TI: Tensor, ops: Pointwise = TORCH) -> Tensor:
         """out += x W^T + b in place, in the GEMM's epilogue; `out_TO` is returned."""

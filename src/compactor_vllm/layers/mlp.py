@@ -14,7 +14,10 @@ from compactor_vllm.layers.pointwise import TORCH, Pointwise
 
 
 class GatedMLP(nn.Module):
-    """Gate and up projections are one GEMM; the activation is in place. Ranks share the intermediate features."""
+    """Gate and up projections are one GEMM, and with few rows the activation is part of it.
+
+    Ranks share the intermediate features.
+    """
 
     def __init__(self, hidden_size: int, intermediate_size: int, *, bias: bool = False, group: Group = SINGLE):
         super().__init__()
@@ -28,4 +31,5 @@ class GatedMLP(nn.Module):
 
     def add_to_(self, x_TE: Tensor, hidden_TE: Tensor, ops: Pointwise = TORCH) -> Tensor:
         """x += mlp(hidden) in place; `x_TE` is returned."""
-        return self.down_proj.add_to_(x_TE, ops.silu_and_mul(self.gate_up_proj(hidden_TE)), ops)
+        gate_up = self.gate_up_proj
+        return self.down_proj.add_to_(x_TE, ops.gated_linear(hidden_TE, gate_up.weight, gate_up.bias), ops)

@@ -18,11 +18,14 @@ class Pointwise:
         silu_and_mul: silu(gate) * up from rows that hold gate, then up: [T, 2 I] -> [T, I]. May overwrite its input.
         linear: x W^T + b, added to a fourth argument in place if there is one: (x_TI, weight_OI, bias_O or None,
             add_to_TO or None) -> [T, O].
+        gated_linear: `silu_and_mul` of a linear layer whose weight holds the gate's rows, then the others: (x_TI,
+            weight_OI, bias_O or None) -> [T, O / 2].
     """
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     silu_and_mul: Callable[[Tensor], Tensor]
     linear: Callable[..., Tensor]
+    gated_linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -45,4 +48,9 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, add_to
     return add_to_TO.addmm_(x_TI, weight_OI.t())
 
 
-TORCH = Pointwise(rms_norm=rms_norm, silu_and_mul=silu_and_mul, linear=linear)
+def gated_linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """See `Pointwise`."""
+    return silu_and_mul(linear(x_TI, weight_OI, bias_O))
+
+
+TORCH = Pointwise(rms_norm=rms_norm, silu_and_mul=silu_and_mul, linear=linear, gated_linear=gated_linear)

@@ -17,11 +17,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_tensor
 from compactor_vllm.kv_cache.layer_cache import LayerCache
 from compactor_vllm.layers.activation_kernel import check_eps, check_matrix
+from compactor_vllm.utils.dependent_launch import dependent_launch
 from compactor_vllm.utils.helpers import ceil_div, power_of_two
 
 _SPLIT_WARPS = 4
@@ -159,6 +161,7 @@ def split_qkv_append(
         ANGLES_BY_ROW=angles_by_row,
         num_warps=1,
         enable_fp_fusion=False,
+        **dependent_launch(num_seqs, qkv_BX),
     )
 
 
@@ -326,8 +329,12 @@ def _split_append_kernel(
     stride_qkv, stride_k, stride_v, stride_pos, stride_score, stride_begin, stride_lens, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr,
     PAGE_SIZE: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, ANGLES_BY_ROW: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One program (one warp) for GROUP query heads of a sequence, or for the keys and values of GROUP KV heads."""
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
     q_groups: tl.constexpr = (HEADS + GROUP - 1) // GROUP
     groups: tl.constexpr = q_groups + (KV_HEADS + GROUP - 1) // GROUP
     sequence = (tl.program_id(0) // groups).to(tl.int64)
@@ -388,10 +395,11 @@ def aot_signatures(
         for norm in (False, True):
             norms = {"Q_NORM": norm, "K_NORM": norm, "ANGLES_BY_ROW": False}
             split = {**norms, "Q_RAW": norm, "K_RAW": norm}
+            append = {"PAGE_SIZE": 128, "DEPENDENT": capability >= (9, 0) and dtype != "fp32"}
             for name, kernel, constants, warps in (
                 ("many", _split_kernel, {**split, **_split_constants(32, 8, dim, many=True)}, _SPLIT_WARPS),
                 ("few", _split_kernel, {**split, **_split_constants(32, 8, dim, many=False)}, _SPLIT_WARPS),
-                ("append", _split_append_kernel, {**norms, **_append_constants(32, 8, dim), "PAGE_SIZE": 128}, 1),
+                ("append", _split_append_kernel, {**norms, **append, **_append_constants(32, 8, dim)}, 1),
             ):
                 names = [argument for argument in kernel.arg_names if argument not in constants]
                 signature = {n: special.get(n) or (f"*{dtype}" if n.endswith("_ptr") else "i32") for n in names}

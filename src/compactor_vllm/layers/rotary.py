@@ -74,6 +74,10 @@ class RotaryEmbedding:
         cos_PF, sin_PF = self._tables(positions_T)
         return Angles(cos_PF=cos_PF, sin_PF=sin_PF, rows_T=positions_T)
 
+    def last_angles(self, positions_B: Tensor) -> Angles:
+        """`angles` of tokens that are the last ones of their sequences, as those of a decode step are."""
+        return self.angles(positions_B, positions_B + 1 if self.spec.rope_type == "dynamic" else None)
+
     def rotate(self, x_TXD: Tensor, positions_T: Tensor, context_len_T: Tensor | None = None) -> Tensor:
         """A rotated copy of `x_TXD`; see `angles` for the other arguments."""
         return apply_rotary_(x_TXD.clone(), *self.angles(positions_T, context_len_T).by_token())

@@ -72,7 +72,7 @@ class DecoderLayer(nn.Module):
 
     def qkv(self, x_TE: Tensor, ops: Pointwise = TORCH) -> Tensor:
         """Normalised, projected and biased: [T, (H + 2 K) D], what `split_qkv` takes."""
-        return self.self_attn.qkv_proj(self.input_layernorm(x_TE, ops))
+        return self.self_attn.qkv_proj(self.input_layernorm(x_TE, ops), ops)
 
     def attention_output(self, x_TE: Tensor, attn_THD: Tensor, ops: Pointwise = TORCH) -> Tensor:
         """x += o_proj(attention) in place; `x_TE` is returned."""
@@ -132,8 +132,15 @@ class CausalLM(nn.Module, ABC):
 
     def logits(self, x_RE: Tensor, ops: Pointwise = TORCH, out: Tensor | None = None) -> Tensor:
         """float32 [R, vocab_size] from rows of the residual stream that left the last layer; see `VocabEmbedding`."""
-        head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return head.logits(self.norm(x_RE, ops), out)
+        return self._head.logits(self.norm(x_RE, ops), out)
+
+    def raw_logits(self, x_RE: Tensor, ops: Pointwise = TORCH) -> Tensor:
+        """`logits` before they become float32, and rows may lie apart."""
+        return self._head.raw_logits(self.norm(x_RE, ops))
+
+    @property
+    def _head(self) -> VocabEmbedding:
+        return self.embed_tokens if self.lm_head is None else self.lm_head
 
     def weight_slots(self) -> Iterator[WeightSlot]:
         """Every tensor that a checkpoint must have, under its Hugging Face name, and where it goes."""
