@@ -7,6 +7,7 @@ import pytest
 
 from compactor_vllm import COMPRESSION_REGISTRY, BatchCompressionParams, SamplingParams, SequenceCompressionParams
 from compactor_vllm.kv_cache.gather import gather_segment
+from compactor_vllm.utils.sequence import Sequence
 from tests.core.conftest import PAGE
 from tests.masked_reference import MaskedReference
 
@@ -366,6 +367,26 @@ def test_stop_token_ends_and_abort_frees(llm):
     assert llm.free_pages < llm.num_pages
     stream.close()
     assert_all_free(llm)
+
+
+def test_text_that_nobody_follows_is_there_in_the_end(llm):
+    """However a request ends: after its tokens, at a stop string, or in the middle."""
+    [prompt] = prompts(1, seed=5)
+    stream = llm.stream(prompt, greedy(20))
+    followed = "".join(chunk.text for chunk in stream)
+    whole = llm.generate(prompt, greedy(20), return_sequences=True)
+    assert whole.text == followed == stream.sequence.text != ""
+    stop = followed[4:6]
+    stopped = llm.generate(prompt, greedy(20, stop=(stop,)), return_sequences=True)
+    assert stopped.text == followed[: followed.index(stop)]
+    [[request]] = llm._prepare([Sequence(prompt_token_ids=prompt, sampling_params=greedy(20))], single=True)
+    request.followed = False
+    llm._submit([[request]])
+    while len(request.sequence.output_token_ids) < 12:
+        llm._engine.step()
+    assert request.sequence.text == "" and not request.chunks
+    llm._engine.abort(request)
+    assert followed.startswith(request.sequence.text) and len(request.sequence.text) > 4
 
 
 def test_new_requests_join_while_others_decode(llm):

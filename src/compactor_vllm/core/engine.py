@@ -328,7 +328,7 @@ class Engine:
 
     def _take(self, request: Request, token: int) -> None:
         """Appends a token to a request's output and ends it where it must end."""
-        sequence, params, detokenizer = request.sequence, request.sequence.sampling_params, request.detokenizer
+        sequence, params = request.sequence, request.sequence.sampling_params
         sequence.output_token_ids.append(token)
         if request.counts is not None:
             request.counts.push([token])
@@ -336,13 +336,13 @@ class Engine:
         if token in request.stop_ids:
             reason = "stop"
         else:
-            text = detokenizer.push([token]) if detokenizer else ""
-            if detokenizer and detokenizer.stopped:
+            text = request.read(token)
+            if request.stopped:
                 reason = "stop"
             elif len(sequence.output_token_ids) >= params.max_new_tokens or len(sequence) >= request.max_tokens:
                 reason = "length"
         if reason is not None:
-            text += detokenizer.finish() if detokenizer else ""
+            text += request.read_rest()
             self._end(request, reason)
         sequence.text += text
         request.emit(text, (token,), reason)

@@ -338,6 +338,8 @@ class LLM:
     def _run(self, sequences: list[Sequence], single: bool) -> list[list[Sequence]]:
         groups = self._prepare(sequences, single)
         requests = [request for group in groups for request in group]
+        for request in requests:
+            request.followed = False
         self._submit(groups)
         try:
             with batch_progress(len(requests), self.config.show_progress_bar and not single) as report:

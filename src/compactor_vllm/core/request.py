@@ -59,6 +59,8 @@ class Request:
         stop_ids: tokens that end it.
         max_tokens: prompt and output at most.
         detokenizer: turns its tokens into text; None without a tokenizer.
+        followed: whether somebody reads `chunks` while it runs. If not, there are none, and without stop strings its
+            text is made of its tokens when it ends.
         chunks: what was drawn, for whoever waits for it.
         counts: what its penalties look at; None without penalties.
         completion: which completion of its prompt it is (n > 1).
@@ -85,6 +87,7 @@ class Request:
         pruned_at: `computed` when the cache was last pruned.
         window_LWHD: the last queries of every layer, for methods that prune while decoding; query p lies at
             row p % W.
+        unread: tokens of its output that are not text yet.
     """
 
     sequence: Sequence
@@ -96,6 +99,7 @@ class Request:
     stop_ids: frozenset[int]
     max_tokens: int
     detokenizer: IncrementalDetokenizer | None
+    followed: bool = True
     chunks: deque[StreamChunk] = field(default_factory=deque)
     counts: TokenCounts | None = None
     completion: int = 0
@@ -116,6 +120,7 @@ class Request:
     in_flight: int = 0
     pruned_at: int = 0
     window_LWHD: Tensor | None = None
+    unread: list[int] = field(default_factory=list)
 
     @property
     def tokens(self) -> list[int]:
@@ -181,10 +186,35 @@ class Request:
         self.parts = (PrefillPart(begin=begin, end=part.end, kept=part.end - begin),)
         self.sequence.cached_tokens = begin
 
+    def read(self, token: int) -> str:
+        """Text that is certain with a token of the output; none before the end where nobody waits for it."""
+        if self.detokenizer is None:
+            return ""
+        self.unread.append(token)
+        if not self.followed and not self.sequence.sampling_params.stop:
+            return ""
+        return self._read()
+
+    def _read(self) -> str:
+        tokens, self.unread = self.unread, []
+        return self.detokenizer.push(tokens) if self.detokenizer and tokens else ""
+
+    def read_rest(self) -> str:
+        """Text that is left when the output ends."""
+        return self._read() + (self.detokenizer.finish() if self.detokenizer else "")
+
+    @property
+    def stopped(self) -> bool:
+        """Whether its text has come to a stop string."""
+        return self.detokenizer is not None and self.detokenizer.stopped
+
     def emit(self, text: str, token_ids: tuple[int, ...], reason: FinishReason | None) -> None:
-        self.chunks.append(StreamChunk(index=self.completion, text=text, token_ids=token_ids, finish_reason=reason))
+        if self.followed:
+            chunk = StreamChunk(index=self.completion, text=text, token_ids=token_ids, finish_reason=reason)
+            self.chunks.append(chunk)
 
     def finish(self, reason: FinishReason, error: str | None = None) -> None:
+        self.sequence.text += self._read()
         self.sequence.status = SequenceStatus.FINISHED
         self.sequence.finish_reason = reason
         self.sequence.error = error

@@ -31,7 +31,7 @@ _ROWS = 32  # of a program of `step_inputs`, which is one warp
 # A program's part of a row of logits, one or two 16-byte pieces a thread. Few rows must occupy all multiprocessors.
 _FEW_ROWS = 4
 _FEW = {"BLOCK": 1024, "num_warps": 4}
-_MANY = {"BLOCK": 4096, "num_warps": 8}
+_MANY = {"BLOCK": 2048, "num_warps": 8}
 _CHUNKS = {"BLOCK": 512, "num_warps": 2}  # that a program looks at together: all of a row, for usual vocabularies
 
 _TOKEN, _POSITION, _SLOT, _SOURCE, _FIELDS = (
