@@ -297,6 +297,26 @@ def test_a_captured_graph_follows_the_lengths() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (32, 32)], ids=["merged by a launch", "merged inside"])
+def test_a_plan_that_was_there_before(heads: int, kv_heads: int) -> None:
+    """Programs read it before they wait for the queries: of few sequences, with and without work, again and again."""
+    device = torch.device("cuda")
+    lens = [[(97 * b + 31 * k) % 700 if b % 5 else 0 for k in range(kv_heads)] for b in range(16)]
+    case = make_case(lens, head_dim=128, page_size=128, dtype=torch.bfloat16, device=device)
+    segments = segments_table([[b] for b in range(16)], device, columns=1)
+    q_BHD = torch.randn(16, heads, 128, device=device).bfloat16()
+    lengths, begins = case.cache.seg_lens_SK[None], case.cache.head_begin_SK[None]
+    shape = {"num_heads": heads, "head_dim": 128, "dtype": torch.bfloat16, "page_size": 128}
+    plan = plan_decode(lengths, begins, segments, max_sharing=1, **shape)
+    assert plan.alone == (kv_heads == 32)
+    torch.cuda.synchronize()
+    for _ in range(3):
+        out = torch.full_like(q_BHD, float("nan"))
+        decode_attention(q_BHD, case.cache, segments, SCALE, out=out, plan=plan, settled=True)
+        _assert_close(case, segments, q_BHD, out)
+
+
+@pytest.mark.gpu
 def test_large_shared_segment() -> None:
     device = torch.device("cuda")
     lens = [[9000, 4100], *([[100 + 7 * b, 3 * b] for b in range(40)])]

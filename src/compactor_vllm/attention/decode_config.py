@@ -8,11 +8,10 @@ from functools import lru_cache
 import torch
 
 from compactor_vllm.errors import InvalidInputError
+from compactor_vllm.utils.capability import SMALL_SHARED_MEMORY
 
 __all__ = ["DecodeConfig", "TileConfig", "default_decode_config", "multiprocessors"]
 
-# Cards that give one block less than 128 KiB of shared memory.
-_SMALL_SHARED_MEMORY = ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1))
 # On a CPU the interpreter runs programs one after another; few of them still exercise every cut.
 _INTERPRETER_MULTIPROCESSORS = 3
 
@@ -83,7 +82,7 @@ def default_decode_config(capability: tuple[int, int], dtype: torch.dtype, head_
     if capability == (0, 0):
         small = TileConfig(block_m=16, block_n=32, num_warps=4, num_stages=1, programs_per_sm=2)
         return DecodeConfig(small=small, big=replace(small, block_m=32, unit=32), merge_by_group_from=0)
-    roomy = capability not in _SMALL_SHARED_MEMORY
+    roomy = capability not in SMALL_SHARED_MEMORY
     padded = max(16, 1 << (head_dim - 1).bit_length())
     block_n = max(16, min(64, (16384 if roomy else 8192) // (padded * dtype.itemsize)))
     # Two programs of sm_90's 227 KiB hold three tiles of K and V in flight, beside the one in use.

@@ -42,6 +42,7 @@ from compactor_vllm.attention.decode_plan_kernel import (
 )
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import check_tensor
+from compactor_vllm.utils.capability import capability_of
 
 __all__ = ["DecodePlan", "plan_decode"]
 
@@ -172,7 +173,7 @@ def _allocate(
 ) -> DecodePlan:
     device = segments_BG.device
     if config is None:
-        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+        capability = capability_of(device)
         config = default_decode_config(capability, dtype, head_dim)
     (L, _, K), (B, G) = seg_lens_LSK.shape, segments_BG.shape
     sharing = B if max_sharing is None else min(max_sharing, B)

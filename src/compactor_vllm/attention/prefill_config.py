@@ -8,6 +8,7 @@ from functools import cache
 import torch
 
 from compactor_vllm.errors import InvalidInputError
+from compactor_vllm.utils.capability import SMALL_SHARED_MEMORY
 from compactor_vllm.utils.helpers import power_of_two
 
 __all__ = [
@@ -24,9 +25,6 @@ MIN_SPLIT_TOKENS = 512
 """A shorter split of a prefix costs more to merge than it saves."""
 
 MAX_SPLITS = 32
-
-# Cards that give one block less than 128 KiB of shared memory.
-_SMALL_SHARED_MEMORY = ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +103,7 @@ def _tiles(capability: tuple[int, int], dtype: torch.dtype, block_d: int, has_pr
         if block_d <= 64:
             return config(64, 32, 4, 1)
         return config(32, 32, 4, 1) if block_d <= 128 else config(16, 16, 4, 1)
-    if capability < (9, 0) or capability in _SMALL_SHARED_MEMORY:
+    if capability < (9, 0) or capability in SMALL_SHARED_MEMORY:
         if block_d > 128:
             return config(64, 16, 8, 2)
         if block_d == 128 and has_prefix and capability != (8, 0):

@@ -26,6 +26,7 @@ from compactor_vllm.attention.prefill_config import (
 from compactor_vllm.attention.prefill_kernel import merge_kernel, prefill_kernel
 from compactor_vllm.attention.ragged_prefix import RaggedPrefix
 from compactor_vllm.errors import InvalidInputError
+from compactor_vllm.utils.capability import capability_of
 from compactor_vllm.utils.helpers import ceil_div
 
 __all__ = ["aot_signatures", "prefill_attention"]
@@ -127,11 +128,6 @@ def prefill_attention(
         D=D, BLOCK_D=padded_head_dim(D), BLOCK_M=_MERGE_ROWS, HAS_LSE=lse is not None, num_warps=4,
     )  # fmt: skip
     return out
-
-
-def capability_of(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a device; (0, 0) for the interpreter on a CPU."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 def _choose_splits(programs: int, prefix: RaggedPrefix | None, device: torch.device) -> int:

@@ -24,10 +24,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compactor_vllm.compression.kernel_blocks import WHOLE, block_tokens, capability_of, locate_block, max_blocks
+from compactor_vllm.compression.kernel_blocks import WHOLE, block_tokens, locate_block, max_blocks
 from compactor_vllm.compression.reference import GROUP_REDUCTIONS
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_tensor
+from compactor_vllm.utils.capability import capability_of
 
 # Left alone, ptxas spills a few bytes to fit one block more on a multiprocessor.
 COMPILE_OPTIONS = {"maxnreg": 255}

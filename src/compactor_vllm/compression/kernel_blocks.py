@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import torch
 import triton
 import triton.language as tl
 
@@ -17,11 +16,6 @@ WHOLE = 1 << 30
 
 
 @lru_cache
-def capability_of(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a device; (0, 0) for the interpreter on a CPU."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-
-
 def max_blocks(num_tokens: int, num_seqs: int, block: int, unit: int = WHOLE) -> int:
     """Upper bound of the number of blocks; every sequence has at least one.
 

@@ -23,11 +23,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compactor_vllm.compression.kernel_blocks import WHOLE, blocks_before, capability_of, max_blocks, tokens_of
+from compactor_vllm.compression.kernel_blocks import WHOLE, blocks_before, max_blocks, tokens_of
 from compactor_vllm.compression.leverage_math import block_moments, store_scores, whiten
 from compactor_vllm.compression.reference import COSINE_STEPS
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_tensor
+from compactor_vllm.utils.capability import capability_of
 
 MAX_COLUMNS = 127
 _BLOCK = 1024  # tokens of a program

@@ -21,10 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compactor_vllm.compression.kernel_blocks import blocks_before, capability_of, locate_block, max_blocks
+from compactor_vllm.compression.kernel_blocks import blocks_before, locate_block, max_blocks
 from compactor_vllm.compression.reference import POOL_KINDS
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_tensor
+from compactor_vllm.utils.capability import capability_of
 
 _POOL_TILE = 2048
 _MERGE_BLOCKS = 32

@@ -13,7 +13,6 @@ Shape suffixes: T rows (tokens), I input features, O output features.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -26,14 +25,13 @@ from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import check_tensor
 from compactor_vllm.layers import pointwise
 from compactor_vllm.layers.activation_kernel import check_matrix, silu_and_mul
+from compactor_vllm.utils.capability import SMALL_SHARED_MEMORY, capability_of
 from compactor_vllm.utils.dependent_launch import MAX_ROWS, dependent_launch
 from compactor_vllm.utils.helpers import ceil_div
 
 __all__ = ["MAX_ROWS", "aot_signatures", "few_rows_linear", "gated_linear", "linear"]
 
 _DTYPES = (torch.bfloat16, torch.float16)
-# Cards that give one block less than 128 KiB of shared memory.
-_SMALL_SHARED_MEMORY = ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1))
 
 
 class Tile(NamedTuple):
@@ -102,7 +100,7 @@ def few_rows_linear(
         check_matrix("add_to_TO", add_to_TO, (rows, features), (x_TI.dtype,), x_TI.device)
     out_TO = x_TI.new_empty(rows, features) if add_to_TO is None else add_to_TO
     if rows and features:
-        tile = _tile(features, size, gated, _capability(x_TI.device))
+        tile = _tile(features, size, gated, capability_of(x_TI.device))
         _few_rows_kernel[(ceil_div(features, tile.block_o),)](
             x_TI,
             weight_OI,
@@ -122,14 +120,9 @@ def few_rows_linear(
     return out_TO
 
 
-@lru_cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
-
-
 def _tile(features: int, size: int, gated: bool, capability: tuple[int, int]) -> Tile:
     """Measured on an H200 (132 multiprocessors): enough bytes on their way, and no last round of few programs."""
-    small = capability in _SMALL_SHARED_MEMORY
+    small = capability in SMALL_SHARED_MEMORY
     if gated or features > 8192:
         return Tile(16 if gated else 32, 128, 2, 4)
     if features <= 4224 and size <= 8192 and not small:

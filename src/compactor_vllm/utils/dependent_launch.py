@@ -1,6 +1,6 @@
 """Programmatic dependent launch: a kernel is there before the one in front of it has drained.
 
-A decode step is a chain of some hundred short kernels, and each begins by filling the GPU: launch, first
+A decode step is a chain of some three hundred short kernels, and each begins by filling the GPU: launch, first
 instructions, first loads of the constants. On compute capability 9.0 and newer a kernel may do so while its
 predecessor is still running, and waits for it (`gdc_wait`) before it touches anything that another kernel writes. A
 kernel that takes part, compiled with DEPENDENT,
@@ -14,11 +14,11 @@ Kernels that do not take part, cuBLAS's for example, are waited for wholly, and 
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from compactor_vllm.utils.capability import capability_of
 
 ENABLED = True
 """Whether kernels are launched so where they can be."""
@@ -34,11 +34,6 @@ def dependent_launch(rows: int, x: Tensor) -> dict[str, Any]:
         rows: sequences, or tokens, of the step.
         x: what the kernel works on; in float32 no kernel takes part.
     """
-    if ENABLED and rows <= MAX_ROWS and x.is_cuda and x.dtype.itemsize == 2 and _capable(x.device):
+    if ENABLED and rows <= MAX_ROWS and x.dtype.itemsize == 2 and capability_of(x.device) >= (9, 0):
         return {"DEPENDENT": True, "launch_pdl": True}
     return {"DEPENDENT": False}
-
-
-@lru_cache
-def _capable(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (9, 0)
