@@ -43,7 +43,11 @@ def poisoned(*shape: int, dtype: torch.dtype = torch.float32, device: torch.devi
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where there is a GPU, tests of kernels that run anywhere are tests of it, too."""
     if torch.cuda.is_available():
+        for item in items:
+            if "device" in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.gpu)
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU")
     for item in items:

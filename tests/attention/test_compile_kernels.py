@@ -34,6 +34,14 @@ def test_hopper_prefill_compiles_without_a_gpu() -> None:
     assert "sm_90" in str(report) and "of 227 KiB" in str(report) and str(report).endswith("ok")
 
 
+def test_a_ring_of_weights_leaves_no_room_for_a_second() -> None:
+    """Its programs come in one after another, so that a launch's loads begin when its predecessor's end."""
+    reports = compile_all([90], r"^few_rows_stream bf16 T(1|16) O12288 I4096 gated$")
+    assert len(reports) == 2
+    for report in reports:
+        assert not report.problems and 2 * report.shared_bytes > report.shared_limit, str(report)
+
+
 def test_every_module_with_signatures_is_listed() -> None:
     found = {
         ".".join(("compactor_vllm", *path.relative_to(SOURCE).with_suffix("").parts))

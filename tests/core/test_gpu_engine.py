@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from compactor_vllm import BatchCompressionParams, SamplingParams, SequenceCompressionParams
+from compactor_vllm.utils import dependent_launch
 from tests.core.test_overlap import SAMPLINGS, prompts
 
 pytestmark = pytest.mark.gpu
@@ -81,3 +82,17 @@ def test_bfloat16_keeps_the_cache_in_bfloat16_and_answers(make_llm):
         results = answers(llm, SAMPLINGS["greedy"])
         assert all(reason == "length" and error is None for _, reason, error in results)
         assert llm._engine.manager.cache.dtype == torch.bfloat16
+
+
+def test_launches_that_overlap_change_nothing(make_llm, monkeypatch):
+    """What a kernel reads before the one in front has ended is never what that one writes: the same bits."""
+    sampling = SamplingParams(temperature=0, max_new_tokens=48, ignore_eos=True, logprobs=3)
+    batch = BatchCompressionParams(compression_method="compactor")
+    params = SequenceCompressionParams(compression_ratio=0.5)
+    results = []
+    for enabled in (True, False, True):
+        monkeypatch.setattr(dependent_launch, "ENABLED", enabled)
+        with make_llm(device="cuda", dtype="bfloat16", max_num_seqs=16) as llm:
+            sequences = llm.generate(prompts(), sampling, batch, params, return_sequences=True)
+            results.append([(s.output_token_ids, s.logprobs, s.error) for s in sequences])
+    assert results[0] == results[1] == results[2]

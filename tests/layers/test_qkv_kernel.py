@@ -340,8 +340,9 @@ def test_wrong_arguments_are_named(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-def test_captured_steps_replay(device: torch.device) -> None:
-    """A captured decode step appends again with every replay, whatever the host does."""
+@pytest.mark.parametrize("settled", [False, True])
+def test_captured_steps_replay(device: torch.device, settled: bool) -> None:
+    """A captured decode step appends again with every replay, whatever the host does, and whatever it reads ahead."""
     (H, K, D), dtype = (8, 2, 128), torch.bfloat16
     cache, slots = make_batch(device, K, D, dtype, 16)
     common = {**norms(D, dtype, device), **tables(60, D, device)}
@@ -351,9 +352,9 @@ def test_captured_steps_replay(device: torch.device) -> None:
     unused = torch.full_like(slots, -1)
     step_slots = unused.clone()
     graph = torch.cuda.CUDAGraph()
-    qkv_kernel.split_qkv_append(qkv_BX, q, cache, positions, step_slots, **common)  # compiles
+    qkv_kernel.split_qkv_append(qkv_BX, q, cache, positions, step_slots, settled=settled, **common)  # compiles
     with torch.cuda.graph(graph):
-        qkv_kernel.split_qkv_append(qkv_BX, q, cache, positions, step_slots, **common)
+        qkv_kernel.split_qkv_append(qkv_BX, q, cache, positions, step_slots, settled=settled, **common)
     saved = {f.name: getattr(cache, f.name).clone() for f in dataclasses.fields(cache) if f.name != "page_size"}
     inputs = [torch.randn_like(qkv_BX) for _ in range(2)]
     for x in inputs:

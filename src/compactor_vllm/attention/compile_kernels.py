@@ -40,6 +40,7 @@ KERNEL_MODULES = (
     "compactor_vllm.layers.qkv_kernel",
     "compactor_vllm.layers.activation_kernel",
     "compactor_vllm.layers.few_rows_kernel",
+    "compactor_vllm.layers.few_rows_stream_kernel",
     "compactor_vllm.layers.step_kernel",
     "compactor_vllm.distributed.one_shot_kernel",
     "compactor_vllm.kv_cache.store_kv_cache",
@@ -210,6 +211,7 @@ def _compile(
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     attributes = {
@@ -217,7 +219,7 @@ def _compile(
         for i, (name, kind) in enumerate(types.items())
         if kind.startswith("*") or (kind.startswith("i") and "stride" in name)
     }
-    source = ASTSource(kernel, types, constants, attributes)
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, types, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 

@@ -67,7 +67,7 @@ def decode_attention(
         plan: from `plan_decode` with the lengths that the cache has now; None plans this layer alone.
         layer: which layer of `plan`.
         settled: whether `plan` was there before the launch in front of this call began, so that programs may read
-            their part of it while they wait for the queries.
+            their part of it while they wait for the queries or the partial results.
 
     Returns:
         [B, H, D]; zeros for a sequence whose segments hold no token.
@@ -94,7 +94,7 @@ def decode_attention(
     if plan.has_big:
         _attend_big(out, q_BHD, cache, scale, plan, words)
     if not plan.alone:
-        _merge(out, plan, words)
+        _merge(out, plan, words, settled)
     return out
 
 
@@ -189,9 +189,10 @@ def _attend_big(out: Tensor, q_BHD: Tensor, cache: LayerCache, scale: float, pla
     _attend(out, q_BHD, cache, scale, plan, words, big=True)
 
 
-def _merge(out: Tensor, plan: DecodePlan, words: Tensor) -> None:
+def _merge(out: Tensor, plan: DecodePlan, words: Tensor, settled: bool) -> None:
     group = plan.num_heads // plan.num_kv_heads
     heads = group if plan.num_seqs * plan.num_heads >= plan.config.merge_by_group_from else 1
+    dependent = dependent_launch(plan.num_seqs, out)
     _merge_kernel[(plan.num_seqs * plan.num_heads // heads,)](
         out,
         words,
@@ -199,8 +200,9 @@ def _merge(out: Tensor, plan: DecodePlan, words: Tensor) -> None:
         plan.partial_lse,
         plan.num_seqs,
         **_merge_constants(plan.config, plan.num_heads, plan.num_kv_heads, plan.num_segments, plan.head_dim, heads),
+        SETTLED=settled and dependent["DEPENDENT"],
         num_warps=plan.config.merge_warps,
-        **dependent_launch(plan.num_seqs, out),
+        **dependent,
     )
 
 
@@ -295,6 +297,7 @@ def aot_signatures(
                 yield _aot(attend_kernel, attend_constants, floats, tiles.num_warps, tiles.num_stages, label)
         for heads in (1, 4):
             merge_constants = {**_merge_constants(config, 32, 8, 8, head_dim, heads), **dependent}
+            merge_constants["SETTLED"] = dependent["DEPENDENT"]
             label = f"decode merge {dtype} D{head_dim} heads {heads}"
             yield _aot(_merge_kernel, merge_constants, {"out_ptr": f"*{dtype}"}, config.merge_warps, 1, label)
 
@@ -329,12 +332,14 @@ def _merge_kernel(
     BLOCK_HEADS: tl.constexpr,
     BLOCK_SEGMENTS: tl.constexpr,
     BLOCK_PIECES: tl.constexpr,
+    SETTLED: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """Merges the partial results of MERGE_HEADS query heads of one sequence; zeros where there are none."""
     if DEPENDENT:
         gdc_launch_dependents()
-        gdc_wait()
+        if not SETTLED:
+            gdc_wait()
     GROUP: tl.constexpr = HEADS // KV_HEADS
     first_head = (tl.program_id(0) * MERGE_HEADS) % HEADS
     seq = (tl.program_id(0) * MERGE_HEADS) // HEADS
@@ -347,6 +352,8 @@ def _merge_kernel(
     count = tl.abs(count)
     after = tl.cumsum(count, axis=0)
     before = after - count
+    if SETTLED:
+        gdc_wait()
 
     head = tl.arange(0, BLOCK_HEADS)
     d = tl.arange(0, BLOCK_D)

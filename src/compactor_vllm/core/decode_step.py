@@ -143,6 +143,7 @@ class DecodeStep:
                 cos_PF=angles.cos_PF,
                 sin_PF=angles.sin_PF,
                 angles_by_row=angles.rows_T is None,
+                settled=True,  # the embedding and a projection come in between
             )
             if options:
                 options["layer"] = info.index

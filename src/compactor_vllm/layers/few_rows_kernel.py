@@ -5,14 +5,15 @@ so that there are hundreds of programs, and streams its weights through a ring i
 once. Products are accumulated in float32, in an order that depends on nothing but the shape and the card, and rounded
 once, after the bias, the gate's activation and what they are added to. Where layers have few output features, as the
 projections back to the residual stream do, cuBLAS's tiles are too large to keep every multiprocessor reading; elsewhere
-the gain is that launches overlap (`utils.dependent_launch`), and that the activation has none of its own.
+the gain is that launches overlap (`utils.dependent_launch`), and that the activation has none of its own. On sm_90 and
+sm_100 another kernel takes most layers over, whose weights come while it waits (few_rows_stream_kernel.py).
 
 Shape suffixes: T rows (tokens), I input features, O output features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,9 @@ from compactor_vllm.utils.dependent_launch import MAX_ROWS, dependent_launch
 from compactor_vllm.utils.helpers import ceil_div
 
 __all__ = ["MAX_ROWS", "aot_signatures", "few_rows_linear", "gated_linear", "linear"]
+
+STREAM = True
+"""Whether `few_rows_stream_kernel` takes over where it can."""
 
 _DTYPES = (torch.bfloat16, torch.float16)
 
@@ -100,24 +104,42 @@ def few_rows_linear(
         check_matrix("add_to_TO", add_to_TO, (rows, features), (x_TI.dtype,), x_TI.device)
     out_TO = x_TI.new_empty(rows, features) if add_to_TO is None else add_to_TO
     if rows and features:
-        tile = _tile(features, size, gated, capability_of(x_TI.device))
-        _few_rows_kernel[(ceil_div(features, tile.block_o),)](
-            x_TI,
-            weight_OI,
-            x_TI if bias_O is None else bias_O,
-            out_TO,
-            rows,
-            features,
-            x_TI.stride(0),
-            out_TO.stride(0),
-            **_constants(tile, size, gated),
-            HAS_BIAS=bias_O is not None,
-            ADD=add_to_TO is not None,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            **dependent_launch(rows, x_TI),
-        )
+        launch = _launch_of(x_TI, weight_OI, gated)
+        launch(x_TI, weight_OI, bias_O, out_TO, gated=gated, add=add_to_TO is not None)
     return out_TO
+
+
+def _launch_of(x_TI: Tensor, weight_OI: Tensor, gated: bool) -> Callable[..., None]:
+    """The launch of the kernel that is best for these arguments, which are checked."""
+    if STREAM and capability_of(x_TI.device) >= (9, 0):
+        from compactor_vllm.layers import few_rows_stream_kernel  # needs Gluon
+
+        if few_rows_stream_kernel.applies(x_TI, weight_OI, gated):
+            return few_rows_stream_kernel.stream_linear
+    return _tiled_linear
+
+
+def _tiled_linear(
+    x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, out_TO: Tensor, *, gated: bool, add: bool
+) -> None:
+    (rows, size), features = x_TI.shape, out_TO.shape[1]
+    tile = _tile(features, size, gated, capability_of(x_TI.device))
+    _few_rows_kernel[(ceil_div(features, tile.block_o),)](
+        x_TI,
+        weight_OI,
+        x_TI if bias_O is None else bias_O,
+        out_TO,
+        rows,
+        features,
+        x_TI.stride(0),
+        out_TO.stride(0),
+        **_constants(tile, size, gated),
+        HAS_BIAS=bias_O is not None,
+        ADD=add,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        **dependent_launch(rows, x_TI),
+    )
 
 
 def _tile(features: int, size: int, gated: bool, capability: tuple[int, int]) -> Tile:
@@ -147,7 +169,7 @@ def _few_rows_kernel(
     in_o, in_t = o < features, t < rows
     x_at = x_ptr + t.to(tl.int64)[:, None] * stride_x + i[None, :]
     weight_at = weight_ptr + tl.where(in_o, o, 0).to(tl.int64)[:, None] * SIZE + i[None, :]
-    second_at = weight_at + features.to(tl.int64) * SIZE
+    second_at = weight_ptr + (tl.where(in_o, o, 0) + features).to(tl.int64)[:, None] * SIZE + i[None, :]
     acc = tl.zeros((BLOCK_O, BLOCK_T), tl.float32)
     second = tl.zeros((BLOCK_O, BLOCK_T), tl.float32)
     if DEPENDENT:

@@ -62,6 +62,7 @@ def split_qkv_append(
     cos_PF: Tensor,
     sin_PF: Tensor,
     angles_by_row: bool = False,
+    settled: bool = False,
 ) -> None:
     """One token of every sequence: queries go to `q_out_BHD`, rotated keys and values into the cache.
 
@@ -69,6 +70,7 @@ def split_qkv_append(
         qkv_BX, q_norm_D, k_norm_D, eps, cos_PF, sin_PF: as in `split_qkv`.
         cache, positions_B, slots_B: as in `kv_cache.reference.append`; nothing is cached for a slot of -1.
         angles_by_row: row b of the tables belongs to sequence b, instead of row `positions_B[b]`.
+        settled: for kernels that may read ahead; nothing waits here.
     """
     (B, _, D), K = q_out_BHD.shape, cache.seg_lens_SK.shape[1]
     k_BKD, v_BKD = qkv_BX.new_empty(B, K, D), qkv_BX.new_empty(B, K, D)

@@ -117,6 +117,7 @@ def split_qkv_append(
     cos_PF: Tensor,
     sin_PF: Tensor,
     angles_by_row: bool = False,
+    settled: bool = False,
 ) -> None:
     """`split_qkv` of one token a sequence, whose key and value go where `kv_cache.reference.append` puts them.
 
@@ -127,6 +128,8 @@ def split_qkv_append(
         slots_B: int32 [B], all different except for negative ones, of which only the query is written.
         cos_PF, sin_PF: float32 [P, F].
         angles_by_row: rotate sequence b by row b of `cos_PF` and `sin_PF`, instead of by row `positions_B[b]`.
+        settled: whether all but `qkv_BX` was there before the launch in front of this call began, so that programs may
+            read it while they wait for that.
 
     Raises:
         InvalidInputError: a shape, dtype, device, stride or `eps` is wrong.
@@ -146,6 +149,7 @@ def split_qkv_append(
     stored = (cache.k_pages_PRD, cache.v_pages_PRD, cache.positions_PR, cache.scores_PR)
     segments = (cache.head_begin_SK, cache.seg_lens_SK)
     constants = _append_constants(num_heads, num_kv_heads, dim)
+    dependent = dependent_launch(num_seqs, qkv_BX)
     groups = ceil_div(num_heads, constants["GROUP"]) + ceil_div(num_kv_heads, constants["GROUP"])
     _split_append_kernel[(num_seqs * groups,)](
         *(qkv_BX, q_out_BHD),
@@ -159,9 +163,10 @@ def split_qkv_append(
         Q_NORM=q_norm_D is not None,
         K_NORM=k_norm_D is not None,
         ANGLES_BY_ROW=angles_by_row,
+        SETTLED=settled and dependent["DEPENDENT"],
         num_warps=1,
         enable_fp_fusion=False,
-        **dependent_launch(num_seqs, qkv_BX),
+        **dependent,
     )
 
 
@@ -329,12 +334,13 @@ def _split_append_kernel(
     stride_qkv, stride_k, stride_v, stride_pos, stride_score, stride_begin, stride_lens, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr,
     PAGE_SIZE: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, ANGLES_BY_ROW: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    SETTLED: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One program (one warp) for GROUP query heads of a sequence, or for the keys and values of GROUP KV heads."""
     if DEPENDENT:
         gdc_launch_dependents()
-        gdc_wait()
+        if not SETTLED:
+            gdc_wait()
     q_groups: tl.constexpr = (HEADS + GROUP - 1) // GROUP
     groups: tl.constexpr = q_groups + (KV_HEADS + GROUP - 1) // GROUP
     sequence = (tl.program_id(0) // groups).to(tl.int64)
@@ -349,11 +355,14 @@ def _split_append_kernel(
     if group < q_groups:
         head = group * GROUP + lane
         live = (head < HEADS)[:, None] & (f < HALF)
-        first, second = _load_halves(source + (head * (2 * HALF))[:, None], live, HALF)
         cos = tl.load(cos_ptr + angle_place, mask=live, other=0.0)
         sin = tl.load(sin_ptr + angle_place, mask=live, other=0.0)
         if Q_NORM:
             first_weight, second_weight = _load_halves(q_norm_ptr + f, f < HALF, HALF)
+        if SETTLED:
+            gdc_wait()
+        first, second = _load_halves(source + (head * (2 * HALF))[:, None], live, HALF)
+        if Q_NORM:
             first, second = _normalise(first, second, first_weight, second_weight, eps, HALF)
         first, second = _rotate(first, second, cos, sin)
         _store_halves(q_ptr + ((sequence * HEADS + head) * (2 * HALF))[:, None] + f, first, second, live, HALF)
@@ -363,15 +372,18 @@ def _split_append_kernel(
         live = valid[:, None] & (f < HALF)
         rank = tl.load(seg_lens_ptr + slot * stride_lens + head, mask=valid, other=0)
         begin = tl.load(head_begin_ptr + slot * stride_begin + head, mask=valid, other=0)
-        first, second = _load_halves(source + ((HEADS + head) * (2 * HALF))[:, None], live, HALF)
-        v_source = source + ((HEADS + KV_HEADS + head) * (2 * HALF))[:, None]
-        v_first, v_second = _load_halves(v_source, live, HALF)
         cos = tl.load(cos_ptr + angle_place, mask=live, other=0.0)
         sin = tl.load(sin_ptr + angle_place, mask=live, other=0.0)
         page = tl.load(page_table_ptr + begin + rank // PAGE_SIZE, mask=valid, other=0).to(tl.int64)
         row = rank % PAGE_SIZE
         if K_NORM:
             first_weight, second_weight = _load_halves(k_norm_ptr + f, f < HALF, HALF)
+        if SETTLED:
+            gdc_wait()
+        first, second = _load_halves(source + ((HEADS + head) * (2 * HALF))[:, None], live, HALF)
+        v_source = source + ((HEADS + KV_HEADS + head) * (2 * HALF))[:, None]
+        v_first, v_second = _load_halves(v_source, live, HALF)
+        if K_NORM:
             first, second = _normalise(first, second, first_weight, second_weight, eps, HALF)
         first, second = _rotate(first, second, cos, sin)
         place = (row * (2 * HALF))[:, None] + f
@@ -395,7 +407,8 @@ def aot_signatures(
         for norm in (False, True):
             norms = {"Q_NORM": norm, "K_NORM": norm, "ANGLES_BY_ROW": False}
             split = {**norms, "Q_RAW": norm, "K_RAW": norm}
-            append = {"PAGE_SIZE": 128, "DEPENDENT": capability >= (9, 0) and dtype != "fp32"}
+            dependent = capability >= (9, 0) and dtype != "fp32"
+            append = {"PAGE_SIZE": 128, "SETTLED": dependent, "DEPENDENT": dependent}
             for name, kernel, constants, warps in (
                 ("many", _split_kernel, {**split, **_split_constants(32, 8, dim, many=True)}, _SPLIT_WARPS),
                 ("few", _split_kernel, {**split, **_split_constants(32, 8, dim, many=False)}, _SPLIT_WARPS),

@@ -7,7 +7,8 @@ kernel that takes part, compiled with DEPENDENT,
 
 * calls `gdc_launch_dependents` where its successor may start to come in, however early: it will wait, too;
 * calls `gdc_wait` before it reads what is not constant, and before it writes anything. As all that take part do, what
-  is in front of its predecessor has ended by then as well.
+  is in front of its predecessor has ended by then as well. Constant are weights, and what is `settled`: written by a
+  kernel behind which, and in front of this one, another kernel ran that does not take part.
 
 Kernels that do not take part, cuBLAS's for example, are waited for wholly, and wait wholly.
 """
