@@ -274,7 +274,8 @@ def engine(device: str, dtype: str, backend: str, sequences: int = 40) -> LLM:
     )  # fmt: skip
     llm = LLM(config)
     kernels = llm.describe()["kernels"]
-    assert kernels["backend"] == backend, kernels
+    torch_runs = [name for name in kernels.values() if name.startswith("torch")]
+    assert kernels["backend"] == backend and not (backend == "compactor_triton" and torch_runs), kernels
     return llm
 
 

@@ -24,6 +24,7 @@ from compactor_vllm.layers.kernels import Kernels, resolve_kernels
 from compactor_vllm.models.registry import load_model, model_spec
 from compactor_vllm.models.spec import ModelSpec
 from compactor_vllm.utils.loader import Checkpoint, open_checkpoint
+from compactor_vllm.utils.vector_math import settle_vector_math
 
 logger = logging.getLogger("compactor_vllm")
 
@@ -132,6 +133,7 @@ def build_rank(
     Args:
         team: on rank 0 of several, the others.
     """
+    settle_vector_math()
     config, spec, dtype = plan.config, plan.spec, plan.dtype
     kernels = resolve_kernels(config.attention_backend, device)
     model = load_model(config, device, dtype, checkpoint or open_checkpoint(config), spec, group)
