@@ -44,16 +44,15 @@ from typing import Any
 import numpy as np
 
 from benchmarks.engine_report import machine
+from benchmarks.kept_pairs import kept_pairs, scoring_methods
 from benchmarks.timing import gpu_name, write_results
 from compactor_vllm import (
-    COMPRESSION_REGISTRY,
     LLM,
     BatchCompressionParams,
     LLMConfig,
     SamplingParams,
     SequenceCompressionParams,
 )
-from compactor_vllm.contexts.file_format import Rows
 from compactor_vllm.evaluation.tasks.niah import make_samples
 from compactor_vllm.utils.sequence import Sequence
 
@@ -76,9 +75,7 @@ Row = dict[str, Any]
 
 def cases() -> list[Case]:
     """The built-in methods at every ratio; what keeps everything at one."""
-    built_in = [name for name, cls in COMPRESSION_REGISTRY.items() if cls.__module__.startswith("compactor_vllm.")]
-    scored = [(name, ratio) for name in sorted(set(built_in) - {"none"}) for ratio in RATIOS]
-    return [("none", 1.0), *scored]
+    return [("none", 1.0), *((name, ratio) for name in scoring_methods() for ratio in RATIOS)]
 
 
 def label(case: Case) -> str:
@@ -163,13 +160,8 @@ def kept_layers(llm: LLM, sequence: Sequence) -> Iterator[Layer]:
     with engine.scheduler.reading(context):
         segment = context.segments[0]
         assert segment.num_tokens >= length, "the prompt lies in several segments"
-        for index, lens_K in enumerate(engine.manager.all_lens(segment)):
-            columns = []
-            for kind in ("positions", "scores"):
-                rows = Rows(segment=0, layer=index, kind=kind, first=0, last=int(lens_K.sum()))
-                columns.append(engine.runner.read_rows(segment, rows, lens_K).cpu().numpy())
-            positions_P, scores_P = columns
-            pairs_P = positions_P.astype(np.int64) * len(lens_K) + np.repeat(np.arange(len(lens_K)), lens_K)
+        for positions_P, heads_P, scores_P in kept_pairs(engine, segment):
+            pairs_P = positions_P.astype(np.int64) * llm.spec.num_kv_heads + heads_P
             free_P = (positions_P >= first) & (positions_P < length - last)
             order = np.argsort(pairs_P)
             prompt = order[positions_P[order] < length]

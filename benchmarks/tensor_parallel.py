@@ -37,9 +37,9 @@ import torch
 from benchmarks.engine_measures import Sample
 from benchmarks.engine_report import Row, machine
 from benchmarks.engine_workloads import FULL, HALF, QUARTER, WORKLOADS, Case, Workload
+from benchmarks.kept_pairs import kept_pairs, scoring_methods
 from benchmarks.timing import file_label
 from compactor_vllm import (
-    COMPRESSION_REGISTRY,
     LLM,
     BatchCompressionParams,
     LLMConfig,
@@ -47,7 +47,6 @@ from compactor_vllm import (
     SequenceCompressionParams,
     WorkerDiedError,
 )
-from compactor_vllm.contexts.file_format import Rows
 from compactor_vllm.core.engine import Engine
 from compactor_vllm.distributed import peer_memory
 from compactor_vllm.utils.sequence import Sequence
@@ -210,18 +209,13 @@ def small_model(folder: Path) -> str:
 def answer(llm: LLM, prompt: list[int], method: str, ratio: float) -> tuple[list[int], list[dict[Any, float]]]:
     """Greedy tokens, and for each layer the score of every (position, head) that is kept."""
     params = SequenceCompressionParams(compression_ratio=ratio, **PROTECTED)
-    engine = llm._engine
     with llm.compress(prompt, BatchCompressionParams(compression_method=method), params) as context:
         sampling = SamplingParams(temperature=0, max_new_tokens=NEW_TOKENS, ignore_eos=True)
         [result] = llm.generate([[7, 8, 9]], sampling, context=context, return_sequences=True)
         [segment], layers = context.segments, []
-        for layer, lens_K in enumerate(engine.manager.all_lens(segment)):
-            columns = []
-            for kind in ("positions", "scores"):
-                rows = Rows(segment=0, layer=layer, kind=kind, first=0, last=int(lens_K.sum()))
-                columns.append(engine.runner.read_rows(segment, rows, lens_K).tolist())
-            heads = np.repeat(np.arange(len(lens_K)), lens_K).tolist()
-            layers.append({(p, h): s for p, h, s in zip(columns[0], heads, columns[1], strict=True)})
+        for columns in kept_pairs(llm._engine, segment):
+            positions, heads, scores = (column.tolist() for column in columns)
+            layers.append(dict(zip(zip(positions, heads, strict=True), scores, strict=True)))
     return result.output_token_ids, layers
 
 
@@ -245,8 +239,7 @@ def small(options: argparse.Namespace, model: str, ranks: int) -> LLM:
 
 def compare(options: argparse.Namespace, model: str) -> Row:
     """One rank against several."""
-    built_in = [n for n, method in COMPRESSION_REGISTRY.items() if method.__module__.startswith("compactor_vllm.")]
-    cases = [(method, ratio) for method in sorted(set(built_in) - {"none"}) for ratio in RATIOS]
+    cases = [(method, ratio) for method in scoring_methods() for ratio in RATIOS]
     rng = np.random.default_rng(1)
     prompts = [rng.integers(1, 2048, int(rng.integers(400, 700))).tolist() for _ in cases]
     with small(options, model, 1) as llm:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.utils.capability import SMALL_SHARED_MEMORY
 
-__all__ = ["DecodeConfig", "TileConfig", "default_decode_config", "multiprocessors"]
-
-# On a CPU the interpreter runs programs one after another; few of them still exercise every cut.
-_INTERPRETER_MULTIPROCESSORS = 3
+__all__ = ["DecodeConfig", "TileConfig", "default_decode_config"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,11 +104,3 @@ def _big_tiles(capability: tuple[int, int], padded: int, block_n: int, num_stage
     if capability[0] != 9:
         return replace(big, block_m=128)
     return replace(big, block_m=128, block_n=128, num_stages=3, unit=128, overhead=1, min_share=2)
-
-
-@lru_cache(maxsize=64)
-def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; a small number for the interpreter on a CPU."""
-    if device.type != "cuda":
-        return _INTERPRETER_MULTIPROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -32,7 +32,7 @@ import torch
 import triton
 from torch import Tensor
 
-from compactor_vllm.attention.decode_config import DecodeConfig, default_decode_config, multiprocessors
+from compactor_vllm.attention.decode_config import DecodeConfig, default_decode_config
 from compactor_vllm.attention.decode_plan_kernel import (
     ENTRY_FIELDS,
     HEADER_WORDS,
@@ -42,7 +42,7 @@ from compactor_vllm.attention.decode_plan_kernel import (
 )
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import check_tensor
-from compactor_vllm.utils.capability import capability_of
+from compactor_vllm.utils.capability import capability_of, multiprocessors
 
 __all__ = ["DecodePlan", "plan_decode"]
 

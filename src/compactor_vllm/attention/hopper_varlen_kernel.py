@@ -43,6 +43,7 @@ from compactor_vllm.attention.hopper_support import (
     unsupported_tensors,
 )
 from compactor_vllm.errors import InvalidInputError
+from compactor_vllm.utils.capability import multiprocessors
 
 if TYPE_CHECKING:
     from compactor_vllm.attention.reference import RaggedPrefix
@@ -260,8 +261,7 @@ def prefill_attention_hopper(
         for x, rows in ((q_THD, 64), (k_TKD, 128), (v_TKD, 128))
     )
     page_descs, tables, numbers = _prefix_arguments(prefix) or ((k_desc, v_desc), (items,) * 5, (0, 0))
-    multiprocessors = torch.cuda.get_device_properties(q_THD.device).multi_processor_count
-    prefill_kernel[(min(len(items), multiprocessors),)](
+    prefill_kernel[(min(len(items), multiprocessors(q_THD.device)),)](
         *(q_desc, k_desc, v_desc, *page_descs, out, items if lse is None else lse, items, plan.counter),
         *(*tables, len(items), scale * math.log2(math.e), plan.num_heads, plan.num_kv_heads, *numbers),
         D=D,

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from compactor_vllm.attention.decode_config import multiprocessors
 from compactor_vllm.attention.ragged_prefix import RaggedPrefix
 from compactor_vllm.attention.sparse_varlen_kernel import prefill_attention as triton_prefill
+from compactor_vllm.utils.capability import multiprocessors
 
 if TYPE_CHECKING:
     from compactor_vllm.attention.hopper_varlen_kernel import PrefillPlan

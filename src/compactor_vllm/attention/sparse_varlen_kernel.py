@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from compactor_vllm.attention.decode_config import multiprocessors
 from compactor_vllm.attention.prefill_arguments import check_prefill_arguments
 from compactor_vllm.attention.prefill_config import (
     MAX_SPLITS,
@@ -26,7 +25,7 @@ from compactor_vllm.attention.prefill_config import (
 from compactor_vllm.attention.prefill_kernel import merge_kernel, prefill_kernel
 from compactor_vllm.attention.ragged_prefix import RaggedPrefix
 from compactor_vllm.errors import InvalidInputError
-from compactor_vllm.utils.capability import capability_of
+from compactor_vllm.utils.capability import capability_of, multiprocessors
 from compactor_vllm.utils.helpers import ceil_div
 
 __all__ = ["aot_signatures", "prefill_attention"]

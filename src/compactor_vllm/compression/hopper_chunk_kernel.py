@@ -31,6 +31,7 @@ from compactor_vllm.attention.hopper_consumer import run_ptx, sync_text
 from compactor_vllm.attention.hopper_ring import ROWS
 from compactor_vllm.attention.hopper_support import tile_layout, unsupported_tensors
 from compactor_vllm.compression.kernel_blocks import block_tokens, locate_block
+from compactor_vllm.utils.capability import multiprocessors
 
 __all__ = ["applies", "chunk_attention_hopper"]
 
@@ -285,8 +286,7 @@ def chunk_attention_hopper(
         for x, rows in ((q_THD, ROWS.value), (k_TKD, chunk))
     )
     items = num_chunks * num_kv_heads
-    multiprocessors = torch.cuda.get_device_properties(k_TKD.device).multi_processor_count
-    chunk_kernel[(min(items, multiprocessors),)](
+    chunk_kernel[(min(items, multiprocessors(k_TKD.device)),)](
         q_desc,
         k_desc,
         k_TKD if v_TKD is None else v_TKD,

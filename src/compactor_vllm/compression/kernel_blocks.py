@@ -6,8 +6,6 @@ tokens. Blocks are numbered through the batch; the host launches as many as ther
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import triton
 import triton.language as tl
 
@@ -15,7 +13,6 @@ WHOLE = 1 << 30
 """A unit that no sequence exceeds; also a block that no unit exceeds, so that blocks are the units themselves."""
 
 
-@lru_cache
 def max_blocks(num_tokens: int, num_seqs: int, block: int, unit: int = WHOLE) -> int:
     """Upper bound of the number of blocks; every sequence has at least one.
 

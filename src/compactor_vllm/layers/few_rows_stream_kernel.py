@@ -26,10 +26,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from compactor_vllm.attention.decode_config import multiprocessors
 from compactor_vllm.attention.hopper_ring import warps_barrier
 from compactor_vllm.attention.hopper_support import TESTED_TRITON
-from compactor_vllm.utils.capability import capability_of
+from compactor_vllm.utils.capability import capability_of, multiprocessors
 from compactor_vllm.utils.dependent_launch import MAX_ROWS, dependent_launch
 from compactor_vllm.utils.helpers import ceil_div
 

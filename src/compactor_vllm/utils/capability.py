@@ -1,13 +1,27 @@
-"""What a card is, as far as kernels are chosen by it."""
+"""What a card is, as far as kernels are chosen by it. Asked at every launch, so the answers are kept."""
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 
 SMALL_SHARED_MEMORY = ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1))
 """Compute capabilities of cards that give one block less than 128 KiB of shared memory."""
 
+# On a CPU the interpreter runs programs one after another; few of them still exercise every cut.
+_INTERPRETER_MULTIPROCESSORS = 3
 
+
+@lru_cache
 def capability_of(device: torch.device) -> tuple[int, int]:
     """Compute capability of a device; (0, 0) for the interpreter on a CPU."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a small number for the interpreter on a CPU."""
+    if device.type != "cuda":
+        return _INTERPRETER_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 FUNCTIONS = ("cos", "sin", "exp", "log", "sqrt")
-"""Those that the project uses of PyTorch's on a CPU, which calls MKL's for them."""
+"""Of PyTorch's, which are MKL's on a CPU. Angles and scores take all but `exp` and `log`, methods of others those."""
 
 
 def settle_vector_math() -> None:
