@@ -1,12 +1,12 @@
 """Linear layers of few rows whose weights are on their way before the rows are there, in Gluon (sm_90, sm_100).
 
-The same numbers as `few_rows_kernel`, for chains of launches that overlap. There is one program for a multiprocessor,
-with a contiguous share of the output features, and its weights run through a ring of shared memory. Weights depend on
-no other launch, so a program fills its ring before it waits for the one in front (`gdc_wait`). The ring takes nearly
-all of a multiprocessor's shared memory, on purpose: a program then comes in when its predecessor on the multiprocessor
-ends, and its loads fall into the time in which memory would be idle, while the predecessor drains and small launches
-in between (norms, the merge of attention) run. With rings of half the size programs come in early, and their loads
-only take bandwidth from launches that need it.
+The same results as `few_rows_kernel`'s, rounded from other sums, for chains of launches that overlap. There is one
+program for a multiprocessor, with a contiguous share of the output features, and its weights run through a ring of
+shared memory. Weights depend on no other launch, so a program fills its ring before it waits for the one in front
+(`gdc_wait`). The ring takes nearly all of a multiprocessor's shared memory, on purpose: a program then comes in when
+its predecessor on the multiprocessor ends, and its loads fall into the time in which memory would be idle, while the
+predecessor drains and small launches in between (norms, the merge of attention) run. With rings of half the size
+programs come in early, and their loads only take bandwidth from launches that need it.
 
 Every warp takes a slice of a step's input features (the batch dimension of the product) and of the ring; the warps'
 sums are added at the end of a tile, in one order.
@@ -39,7 +39,7 @@ RING_BYTES = 200 * 1024
 """Of shared memory; beside it the warps' sums need up to 8 KiB. More than half of what a multiprocessor has."""
 
 LEAST_FILLED = 0.9
-"""Of the rows of weights in a share's tiles. A step takes as long with less: half a microsecond, as its bytes do."""
+"""Part of the rows of a share's tiles that must hold weights. A step takes half a microsecond, however few they are."""
 
 _CAPABILITIES = ((9, 0), (10, 0))
 
@@ -56,7 +56,8 @@ class Tile(NamedTuple):
 def applies(x_TI: Tensor, weight_OI: Tensor, gated: bool) -> bool:
     """Whether the kernel is the right one for checked arguments of `few_rows_linear`.
 
-    It needs a tested card and whole vectors of 16 bytes, and shares of the output features that fill their tiles.
+    It needs a card and a triton that it was compiled for, whole vectors of 16 bytes, and shares of the output features
+    that fill their tiles.
     """
     if capability_of(x_TI.device) not in _CAPABILITIES or not triton.__version__.startswith(TESTED_TRITON):
         return False
