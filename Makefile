@@ -45,7 +45,7 @@ test-all: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(PYTEST) -m "not gpu" -n 2 $(PYTEST_ARGS)
 
 test-gpu: $(VENV)/.dev
-	$(PYTEST) -m gpu -n 8 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PYTEST) -m gpu -n 8 --dist worksteal $(PYTEST_ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check

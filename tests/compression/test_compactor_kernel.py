@@ -15,6 +15,7 @@ from compactor_vllm.compression import direction_kernel as direction
 from compactor_vllm.compression import leverage_kernel as leverage
 from compactor_vllm.compression import zscore_kernel as zscores
 from compactor_vllm.compression.common import gaussian_sketch
+from compactor_vllm.compression.reference import COSINE_STEPS
 from compactor_vllm.errors import InvalidInputError
 from tests.compression import scoring_cases as ref
 
@@ -93,7 +94,10 @@ def test_both_scores_of_keys(
     assert error(both[0], ref.np_leverage(wide(k), wide(phi), chunk, 5e-3)) < 1e-4
     assert error(both[1], ref.np_direction(wide(k), chunk)) < 4e-6
     assert torch.equal(both[0], leverage.leverage_scores(k, phi, borders, chunk=chunk, ridge=5e-3))
-    torch.testing.assert_close(both[1], direction.direction_scores(k, borders, chunk=chunk), rtol=0, atol=2**-19)
+    # Sums in another order may fall on the other side of a step of rounding.
+    alone = direction.direction_scores(k, borders, chunk=chunk)
+    torch.testing.assert_close(both[1], alone, rtol=0, atol=1 / COSINE_STEPS)
+    assert float((both[1] != alone).float().mean()) < 0.1
 
 
 def test_leverage_of_keys_far_from_the_origin(device: torch.device) -> None:
