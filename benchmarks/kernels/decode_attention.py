@@ -124,6 +124,7 @@ def ours(
             decode_attention(
                 q_BHD, layer, workload.segments_BG, SCALE, out=out_BHD,
                 plan=whole if whole is not None else plan(slice(i, i + 1)), layer=0 if alone else i,
+                settled=not alone and i > 0,
             )  # fmt: skip
 
     return [step], q_BHD, out_BHD
