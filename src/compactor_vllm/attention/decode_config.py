@@ -83,7 +83,7 @@ def default_decode_config(capability: tuple[int, int], dtype: torch.dtype, head_
     block_n = max(16, min(64, (16384 if roomy else 8192) // (padded * dtype.itemsize)))
     # Two programs of sm_90's 227 KiB hold three tiles of K and V in flight, beside the one in use.
     stages = 4 if roomy and capability >= (9, 0) else 3
-    small = TileConfig(block_m=16, block_n=block_n, num_warps=4, num_stages=stages, programs_per_sm=2, overhead=8)
+    small = TileConfig(block_m=16, block_n=block_n, num_warps=4, num_stages=stages, programs_per_sm=2, overhead=12)
     if dtype == torch.float32:
         # IEEE products run without tensor cores, their operands in registers.
         small = replace(small, block_n=16, num_stages=2, programs_per_sm=4)
