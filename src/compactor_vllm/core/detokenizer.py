@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,15 +25,14 @@ MAX_SPLIT_TOKENS = 4
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _special_ids: WeakKeyDictionary[PreTrainedTokenizerBase, frozenset[int]] = WeakKeyDictionary()
+_token_bytes: WeakKeyDictionary[PreTrainedTokenizerBase, dict[int, bytes]] = WeakKeyDictionary()
 
 
 class IncrementalDetokenizer:
     """Turns tokens into text piece by piece, and stops at stop strings.
 
     The pieces, joined, are `tokenizer.decode(all ids, clean_up_tokenization_spaces=False)`, cut before the first
-    stop string. Each token is decoded a bounded number of times, in a short window that begins with tokens whose text
-    is out already: decoders treat the first token apart (a leading space). Held back are an unfinished character, a
-    run of byte tokens (`<0xE2>`; its text is known only when it ends) and what may become a stop string.
+    stop string. Held back are an unfinished character and what may become a stop string.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -49,16 +49,13 @@ class IncrementalDetokenizer:
         skip_special_tokens: bool = True,
         prompt_token_ids: Sequence[int] = (),
     ) -> None:
-        self._tokenizer = tokenizer
-        self._decode = _decoder(tokenizer, skip_special_tokens)
-        self._hidden_ids = _special_token_ids(tokenizer) if skip_special_tokens else frozenset()
+        hidden = _special_token_ids(tokenizer) if skip_special_tokens else frozenset()
+        self._text: ByteLevelText | WindowText
+        if _is_byte_level(tokenizer):
+            self._text = ByteLevelText(tokenizer, hidden)
+        else:
+            self._text = WindowText(tokenizer, hidden, skip_special_tokens, prompt_token_ids)
         self._stop = StopStrings(stop)
-        # The window: tokens [0, _fresh) are context, the text of the first _taken characters is out.
-        self._window = self._prompt_context(prompt_token_ids)
-        self._fresh = len(self._window)
-        self._taken = len(self._decode(self._window))
-        self._byte_run = 0
-        self._decoded = len(self._window)
 
     @property
     def stopped(self) -> bool:
@@ -72,22 +69,86 @@ class IncrementalDetokenizer:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Adds tokens of the output and returns the text that is certain now."""
-        if self.stopped:
-            return ""
+        return "" if self.stopped else self._stop.push(self._text.push(token_ids))
+
+    def finish(self) -> str:
+        """Returns the text that was held back. No tokens may follow."""
+        return "" if self.stopped else self._stop.push(self._text.finish()) + self._stop.finish()
+
+
+class ByteLevelText:
+    """Text of tokens that stand for bytes, as those of Qwen, Llama 3 and SmolLM: their bytes, read as UTF-8.
+
+    Args:
+        tokenizer: one for which `_is_byte_level` holds.
+        hidden_ids: tokens that are left out.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, hidden_ids: frozenset[int]) -> None:
+        self._tokenizer, self._hidden_ids = tokenizer, hidden_ids
+        self._known = _token_bytes.setdefault(tokenizer, {})
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """The text that is certain now."""
+        known, hidden = self._known, self._hidden_ids
+        parts = [known[i] if i in known else self._look_up(i) for i in token_ids if i not in hidden]
+        return self._utf8.decode(b"".join(parts))
+
+    def finish(self) -> str:
+        """What an unfinished character becomes."""
+        return self._utf8.decode(b"", final=True)
+
+    def _look_up(self, token: int) -> bytes:
+        """The bytes of a token, none if it is beyond the vocabulary; added ones may be written in plain characters."""
+        text = cast("str | None", self._tokenizer.convert_ids_to_tokens(token)) or ""
+        plain = any(c not in _BYTE_OF for c in text)
+        self._known[token] = text.encode() if plain else bytes(_BYTE_OF[c] for c in text)
+        return self._known[token]
+
+
+class WindowText:
+    """Text of tokens of any tokenizer.
+
+    Each token is decoded a bounded number of times, in a short window that begins with tokens whose text is out
+    already: decoders treat the first token apart (a leading space). Held back are an unfinished character, and a run of
+    byte tokens (`<0xE2>`; its text is known only when it ends).
+
+    Args:
+        tokenizer, skip_special_tokens, prompt_token_ids: see `IncrementalDetokenizer`.
+        hidden_ids: tokens that are left out.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        hidden_ids: frozenset[int],
+        skip_special_tokens: bool,
+        prompt_token_ids: Sequence[int],
+    ) -> None:
+        self._tokenizer, self._hidden_ids = tokenizer, hidden_ids
+        self._decode = _decoder(tokenizer, skip_special_tokens)
+        # The window: tokens [0, _fresh) are context, the text of the first _taken characters is out.
+        self._window = self._prompt_context(prompt_token_ids)
+        self._fresh = len(self._window)
+        self._taken = len(self._decode(self._window))
+        self._byte_run = 0
+        self._decoded = len(self._window)
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """The text that is certain now."""
         for token in token_ids:
             kind = self._token_text(token)
             if kind is not None:
                 self._window.append(token)
                 self._byte_run = self._byte_run + 1 if _BYTE_TOKEN.fullmatch(kind) else 0
-        return self._stop.push(self._settled_text(len(self._window) - self._byte_run))
+        return self._settled_text(len(self._window) - self._byte_run)
 
     def finish(self) -> str:
-        """Returns the text that was held back. No tokens may follow."""
-        if self.stopped:
-            return ""
+        """The text that was held back."""
         text = self._decode(self._window)[self._taken :]
         self._taken += len(text)
-        return self._stop.push(text) + self._stop.finish()
+        return text
 
     def _settled_text(self, end: int) -> str:
         """Text of window[:end] that no later token can change and that is not out yet."""
@@ -183,16 +244,40 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def _decoder(tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool) -> Callable[[list[int]], str]:
-    """`tokenizer.decode` without clean-up; of the tokenizers library's own one without the checks of each id."""
+def _is_fast(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether `decode` without clean-up is that of the tokenizers library."""
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
     kind = type(tokenizer)
     plain = kind.decode is PreTrainedTokenizerBase.decode
-    if plain and getattr(kind, "_decode", None) is PreTrainedTokenizerFast._decode:
+    return plain and getattr(kind, "_decode", None) is PreTrainedTokenizerFast._decode
+
+
+def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
+    from tokenizers import decoders
+
+    return _is_fast(tokenizer) and isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel)
+
+
+def _decoder(tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool) -> Callable[[list[int]], str]:
+    """`tokenizer.decode` without clean-up; of the tokenizers library's own one without the checks of each id."""
+    if _is_fast(tokenizer):
         return partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=skip_special_tokens)
     decode = partial(tokenizer.decode, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
     return cast("Callable[[list[int]], str]", decode)
+
+
+def _bytes_of_characters() -> dict[str, int]:
+    """The characters that byte-level vocabularies (GPT-2's and all after it) write bytes with.
+
+    Bytes that Latin-1 shows stand for themselves, the others for the characters from 256 on, in their order.
+    """
+    shown = [b for b in range(256) if 33 <= b <= 126 or (b >= 161 and b != 173)]
+    others = [b for b in range(256) if b not in shown]
+    return {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+_BYTE_OF = _bytes_of_characters()
 
 
 def _special_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
