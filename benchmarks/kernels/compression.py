@@ -38,6 +38,7 @@ from benchmarks.kernels.compression_cases import (
 from benchmarks.timing import copy_ceiling, read_ceiling, time_graph, write_results
 from compactor_vllm.compression import SnapKV
 from compactor_vllm.compression import chunk_attention_kernel as chunk_module
+from compactor_vllm.compression import hopper_chunk_kernel as hopper_module
 from compactor_vllm.compression import leverage_kernel as leverage_module
 from compactor_vllm.compression.chunk_attention_kernel import chunk_attention_scores
 from compactor_vllm.compression.direction_kernel import direction_scores
@@ -187,16 +188,27 @@ CHUNK_TILES = (
     (64, 256, 4, 3), (64, 256, 4, 2), (64, 256, 8, 2), (64, 256, 8, 3), (128, 256, 8, 1), (128, 256, 8, 2),
     (32, 256, 4, 3),
 )  # fmt: skip
+HOPPER_TILES = ((1, True, 224, 64), (2, True, 112, 32), (2, False, 112, 32))
 LEVERAGE_TILES = tuple((rows, stages, warps) for rows in (32, 64) for stages in (2, 3, 4) for warps in (4, 8))
 
 
 def tune(tokens: int) -> list[dict[str, Any]]:
-    """Times the tiles of chunk attention (queries, keys, warps, stages) and leverage (rows, stages, warps)."""
+    """Times the tiles of chunk attention and leverage.
+
+    Those of chunk attention are (queries, keys, warps, stages), on Hopper (members of a team, turns, registers of
+    consumers and others); those of leverage are (rows, stages, warps).
+    """
     layer = make_layer([tokens], 0.5)
     borders = layer.context.cu_seqlens
     attend = partial(chunk_attention_scores, layer.q_THD, layer.k_TKD, borders, scale=1.0, v_TKD=layer.v_TKD, chunk=256)
     rows = []
-    for tiles in CHUNK_TILES:
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    for tiles in HOPPER_TILES if hopper else ():
+        chosen = hopper_module.HopperChunkConfig(
+            **dict(zip(("members", "turns", "consumer_regs", "other_regs"), tiles, strict=True))
+        )
+        rows.append(_try("chunk attention (256)", tiles, attend, hopper_module, "default_hopper_chunk_config", chosen))
+    for tiles in () if hopper else CHUNK_TILES:
         chosen = chunk_module.ChunkAttentionConfig(
             **dict(zip(("queries", "keys", "num_warps", "num_stages"), tiles, strict=True))
         )

@@ -303,8 +303,13 @@ def test_default_tiles_at_full_size(device: torch.device, dtype: torch.dtype, di
 @pytest.mark.gpu
 @pytest.mark.parametrize("reduction", ["sum", "mean", "max"])
 @pytest.mark.parametrize("group", [1, 3, 8])
-def test_chunk_attention_of_any_group(device: torch.device, group: int, reduction: str) -> None:
+@pytest.mark.parametrize("teams", ["TEAMS_OF_ONE", "TEAMS_OF_TWO"])
+def test_chunk_attention_of_any_group(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, teams: str, group: int, reduction: str
+) -> None:
     """Odd numbers of steps, more work than programs, extreme logits, and chunks of every rest."""
+    hopper = pytest.importorskip("compactor_vllm.compression.hopper_chunk_kernel")
+    monkeypatch.setattr(hopper, "default_hopper_chunk_config", lambda: getattr(hopper, teams))
     lengths = [700, 1, 255, 256, 257, 0, 63, 64, 65, 60_000]
     q, k, _ = (x.to(device, torch.bfloat16) for x in ref.qkv(sum(lengths), 2 * group, 2, 128))
     borders = borders_of(lengths, device)

@@ -26,7 +26,15 @@ __all__ = ["KernelFacts", "compile_chunk_scores", "compile_prefill", "compile_sh
 
 _POINTERS = {"lse": "*fp32", **dict.fromkeys(("items", "counter"), "*i32")}
 _TABLES = ("segments", "seg_lens", "head_begin", "head_order", "page_table")
-_CASES = ("128:bf16", "64:bf16", "128:fp16:lse", "128:bf16:prefix:lse", "128:bf16:shared", "128:bf16:chunk")
+_CASES = (
+    "128:bf16",
+    "64:bf16",
+    "128:fp16:lse",
+    "128:bf16:prefix:lse",
+    "128:bf16:shared",
+    "128:bf16:chunk",
+    "128:bf16:chunk:two",
+)
 _SCALARS = {"num_items": "i32", "scale": "fp32"}
 
 
@@ -77,13 +85,14 @@ def compile_shared(head_dim: int, dtype: str, *, group: int = 4) -> Any:
     return _compile(shared_kernel, signature, constants, ("q_ptr", "partial", "lse", "page_table", "entries", "plan"))
 
 
-def compile_chunk_scores(head_dim: int, dtype: str, *, chunk: int = 256) -> Any:
+def compile_chunk_scores(head_dim: int, dtype: str, *, chunk: int = 256, teams_of_two: bool = False) -> Any:
     """The kernel of chunk attention scores compiled for sm_90, for 8 KV heads of 4 query heads. Needs no GPU."""
     module = import_module("compactor_vllm.compression.hopper_chunk_kernel")  # of a package above this one
     signature = {"q_desc": _descriptor(dtype, 64, head_dim), "k_desc": _descriptor(dtype, chunk, head_dim)}
     signature |= {"v_ptr": f"*{dtype}", "borders": "*i32", "out": "*fp32", "num_items": "i32", "scale": "fp32"}
     constants = {"GROUP": 4, "KV_HEADS": 8, "D": head_dim, "KEYS": chunk, "HAS_V": True, "SHARE": 1.0}
-    return _compile(module.chunk_kernel, signature, {**constants, **module.REGISTERS}, ("v_ptr", "borders", "out"))
+    constants |= (module.TEAMS_OF_TWO if teams_of_two else module.TEAMS_OF_ONE).constants()
+    return _compile(module.chunk_kernel, signature, constants, ("v_ptr", "borders", "out"))
 
 
 def _compile(kernel: Any, signature: dict[str, str], constants: dict[str, Any], aligned: tuple[str, ...]) -> Any:
@@ -168,7 +177,7 @@ def main() -> None:
         if "shared" in flags:
             kernel = compile_shared(int(head_dim), dtype)
         elif "chunk" in flags:
-            kernel = compile_chunk_scores(int(head_dim), dtype)
+            kernel = compile_chunk_scores(int(head_dim), dtype, teams_of_two="two" in flags)
         else:
             kernel = compile_prefill(int(head_dim), dtype, has_prefix="prefix" in flags, has_lse="lse" in flags)
         print(json.dumps({"case": case, "triton": triton.__version__, **asdict(kernel_facts(kernel))}), flush=True)

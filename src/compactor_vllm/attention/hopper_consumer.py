@@ -65,8 +65,8 @@ def _store_layout(D):
 
 
 @gluon.constexpr_function
-def sync_text(instruction, barrier):
-    return f"{instruction} {barrier}, 256; mov.b32 $0, $1;"
+def sync_text(instruction, barrier, threads=256):
+    return f"{instruction} {barrier}, {threads}; mov.b32 $0, $1;"
 
 
 @gluon.constexpr_function
@@ -97,7 +97,7 @@ def _pin(x):
 
 
 @gluon.jit
-def _opaque(x):
+def opaque(x):
     """Integer `x`, with the compiler none the wiser: what follows from it is computed anew."""
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], gl.int32, False, 1)
 
@@ -158,7 +158,7 @@ def hide_keys(s, first):
 def _first_weights(s, scale, WARPGROUP: gl.constexpr):
     """Weights, reference and row sums of an item's first tile, whose key n is seen by query rows m >= n."""
     # Opaque, or the comparisons would be kept from one item to the next, in registers that the main loop needs.
-    row = _opaque(gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT)))
+    row = opaque(gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT)))
     row = WARPGROUP * ROWS + (row & (ROWS - 1))
     key = gl.arange(0, KEYS, gl.SliceLayout(0, S_LAYOUT))
     s = gl.where(key[None, :] <= row[:, None], s, float("-inf"))
@@ -172,7 +172,7 @@ def _rebase(q, k_tile, o, l, r, scale, visible, MASKED: gl.constexpr):
     """Moves the reference up to the maximum so far and computes this tile's weights again."""
     s = warpgroup_mma_wait(0, deps=[issue_scores(q, k_tile)])
     if MASKED:
-        s = hide_keys(s, _opaque(visible))
+        s = hide_keys(s, opaque(visible))
     r_new = gl.maximum(r, gl.max(s, axis=1) * scale)
     shrink = gl.exp2(r - r_new)
     p = gl.exp2(s * scale - r_new[:, None])
