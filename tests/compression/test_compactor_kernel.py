@@ -80,13 +80,13 @@ def test_leverage_of_any_sketch(device: torch.device, columns: int) -> None:
     assert error(got, want) < 1e-4
 
 
-@pytest.mark.parametrize("project", [True, False])
+@pytest.mark.parametrize(("project", "keys_left"), [(True, False), (True, True), (False, False)])
 @pytest.mark.parametrize("chunk", [24, None])
 def test_both_scores_of_keys(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, chunk: int | None, project: bool
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, chunk: int | None, project: bool, keys_left: bool
 ) -> None:
     """Both from the same passes, with and without the projection; each is what it is alone."""
-    config = leverage.LeverageConfig(rows=16, project=project, num_stages=1)
+    config = leverage.LeverageConfig(rows=16, project=project, num_stages=1, keys_left=keys_left)
     monkeypatch.setattr(leverage, "default_leverage_config", lambda *_: config)
     k, phi, borders = ref.qkv(90, 1, 2, 20)[1].to(device), gaussian_sketch(20, 12, device), borders_of([90], device)
     both = leverage.key_scores(k, phi, borders, chunk=chunk, ridge=5e-3, direction=True)
@@ -278,8 +278,14 @@ def test_whole_method(device: torch.device, method: Compactor) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
-def test_default_tiles_at_full_size(device: torch.device, dtype: torch.dtype, dim: int) -> None:
+@pytest.mark.parametrize("keys_left", [False, True])
+def test_default_tiles_at_full_size(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, keys_left: bool, dtype: torch.dtype, dim: int
+) -> None:
     """Real tile sizes, several chunks and a rest; and every run gives the same bits."""
+    default = leverage.default_leverage_config(torch.cuda.get_device_capability(), dtype, dim, exact_sketch=False)
+    config = dataclasses.replace(default, keys_left=keys_left and default.project)
+    monkeypatch.setattr(leverage, "default_leverage_config", lambda *_: config)
     lengths = [1300, 0, 17, 700]
     q, k, v = (x.to(device, dtype) for x in ref.qkv(sum(lengths), 4, 2, dim))
     borders, phi = borders_of(lengths, device), gaussian_sketch(dim, 48, device)

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from compactor_vllm.compression.kernel_blocks import WHOLE, blocks_before, max_blocks, tokens_of
-from compactor_vllm.compression.leverage_math import block_moments, store_scores, whiten
+from compactor_vllm.compression.leverage_math import block_moments, store_projected, store_scores, whiten
 from compactor_vllm.compression.reference import COSINE_STEPS
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_tensor
@@ -117,7 +117,7 @@ def _launch(
         )
     if columns:
         _factor_kernel[(units * num_kv_heads,)](phi, chunks, *common, ridge, **heads, num_warps=1)
-    tiles |= {"STEPS": COSINE_STEPS, "PROJECT": config.project and columns > 0}
+    tiles |= {"STEPS": COSINE_STEPS, **config.scores(columns)}
     _scores_kernel[grid](k_TKD, phi, chunks, inverse_KT, out_NTK[0], out_NTK[-1], *common, **heads, **tiles, **options)
 
 
@@ -130,12 +130,18 @@ class LeverageConfig:
         project: whether leverage is taken with the one projection Φ Wᵀ, fewer products but more registers.
         num_stages: steps that loads run ahead.
         num_warps: of a program, for every 64 columns of the sketch.
+        keys_left: whether keys are the left operand of that projection (`store_projected`); not measured yet.
     """
 
     rows: int
     project: bool
     num_stages: int
     num_warps: int = 4
+    keys_left: bool = False
+
+    def scores(self, columns: int) -> dict[str, bool]:
+        """How scores are taken from a sketch of so many columns."""
+        return {"PROJECT": self.project and columns > 0, "KEYS_LEFT": self.keys_left and columns > 0}
 
 
 def default_leverage_config(
@@ -279,7 +285,8 @@ def _scores_kernel(
     k_ptr, phi_ptr, chunks_ptr, inverse_ptr, leverage_ptr, direction_ptr, cu_seqlens_ptr, num_tokens, num_seqs, unit,
     NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, COLUMNS: tl.constexpr,
     PADDED: tl.constexpr, KEY_TERMS: tl.constexpr, PHI_TERMS: tl.constexpr, DIRECTION: tl.constexpr,
-    STEPS: tl.constexpr, PROJECT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    STEPS: tl.constexpr, PROJECT: tl.constexpr, KEYS_LEFT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Leverage and direction of one block of tokens."""
     index = tl.program_id(0) // NUM_KV_HEADS
@@ -299,12 +306,18 @@ def _scores_kernel(
             mean = tl.load(place + PADDED * PADDED + lane)
         if DIRECTION:
             units = tl.load(place + PADDED * (PADDED + 1) + tl.arange(0, DIM_PADDED))
-        store_scores(
-            k_ptr, phi_ptr, inverse_ptr + head.to(tl.int64) * num_tokens, leverage_ptr, direction_ptr,
-            begin, end, head, mean, whitener, units,
-            NUM_KV_HEADS, DIM, DIM_PADDED, COLUMNS, PADDED, KEY_TERMS, PHI_TERMS, DIRECTION, STEPS, PROJECT,
-            ROWS, STAGES,
-        )  # fmt: skip
+        inverse_ptr += head.to(tl.int64) * num_tokens
+        if KEYS_LEFT:
+            store_projected(
+                k_ptr, phi_ptr, inverse_ptr, leverage_ptr, direction_ptr, begin, end, head, mean, whitener, units,
+                NUM_KV_HEADS, DIM, DIM_PADDED, PADDED, KEY_TERMS, PHI_TERMS, DIRECTION, STEPS, ROWS, STAGES,
+            )  # fmt: skip
+        else:
+            store_scores(
+                k_ptr, phi_ptr, inverse_ptr, leverage_ptr, direction_ptr, begin, end, head, mean, whitener, units,
+                NUM_KV_HEADS, DIM, DIM_PADDED, COLUMNS, PADDED, KEY_TERMS, PHI_TERMS, DIRECTION, STEPS, PROJECT,
+                ROWS, STAGES,
+            )  # fmt: skip
 
 
 def aot_signatures(
@@ -326,7 +339,7 @@ def signatures(
     config = default_leverage_config(capability, torch_type, dim, terms == 1)
     shape = {"NUM_KV_HEADS": 8, "DIM": dim, "DIM_PADDED": dim, "BLOCK": _BLOCK, "MERGED": _MERGED, **scores}
     shape |= {"KEY_TERMS": _KEY_TERMS[torch_type], "PHI_TERMS": terms, "STEPS": COSINE_STEPS}
-    shape |= {"ROWS": config.rows, "STAGES": config.num_stages, "PROJECT": config.project and scores["COLUMNS"] > 0}
+    shape |= {"ROWS": config.rows, "STAGES": config.num_stages, **config.scores(scores["COLUMNS"])}
     for kernel, warps in ((_moments_kernel, config.num_warps), (_merge_kernel, 4), (_factor_kernel, 1),
                           (_scores_kernel, config.num_warps)):  # fmt: skip
         if kernel is _factor_kernel and not scores["COLUMNS"]:

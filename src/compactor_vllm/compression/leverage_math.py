@@ -250,6 +250,48 @@ def _project(whitener, phi_ptr, DIM_PADDED: tl.constexpr, PADDED: tl.constexpr, 
 
 
 @triton.jit
+def store_projected(
+    k_ptr, phi_ptr, inverse_ptr, leverage_ptr, direction_ptr, begin, end, head, mean, whitener, units,
+    NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PADDED: tl.constexpr,
+    KEY_TERMS: tl.constexpr, PHI_TERMS: tl.constexpr, DIRECTION: tl.constexpr, STEPS: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Scores of tokens [begin, end) from the products of keys with one matrix: leverage ‖(W Φᵀ) k - W μ‖², and, from
+    the last row of W Φᵀ, which it leaves unused, direction, minus the cosine with `units`.
+
+    Keys are the left operand here, so that a token's sums lie in one thread's registers but for two exchanges.
+    """
+    TERM: tl.constexpr = phi_ptr.dtype.element_ty
+    last = tl.arange(0, PADDED) == PADDED - 1
+    offset = tl.where(last, 0.0, tl.sum(whitener * mean[None, :], 1))[None, :]
+    projection = _project(whitener, phi_ptr, DIM_PADDED, PADDED, PHI_TERMS)
+    if DIRECTION:
+        anchor = units / tl.maximum(tl.sqrt(tl.sum(units * units, 0)), 1e-12)
+        projection = tl.where(last[:, None], anchor[None, :], projection)
+    high, middle, low = _split(projection, TERM)
+    for start in tl.range(begin, end, ROWS, num_stages=STAGES):
+        token = start + tl.arange(0, ROWS)
+        place = token.to(tl.int64) * NUM_KV_HEADS + head
+        rest = load_keys(k_ptr, start, end, head, NUM_KV_HEADS, DIM, DIM_PADDED, ROWS)
+        z = tl.zeros((ROWS, PADDED), tl.float32)
+        for i in tl.static_range(KEY_TERMS):
+            term = rest.to(TERM)
+            z = tl.dot(term, tl.trans(high), z)
+            if i < 2:
+                z = tl.dot(term, tl.trans(middle), z)
+            if i < 1:
+                z = tl.dot(term, tl.trans(low), z)
+            if i + 1 < KEY_TERMS:
+                rest = rest.to(tl.float32) - term.to(tl.float32)
+        x = tl.where(last[None, :], 0.0, z - offset)
+        tl.store(leverage_ptr + place, tl.sum(x * x, 1), mask=token < end)
+        if DIRECTION:
+            inverse = tl.load(inverse_ptr + token, mask=token < end, other=0.0)
+            cosine = tl.sum(tl.where(last[None, :], z, 0.0), 1) * inverse
+            tl.store(direction_ptr + place, tl.floor(0.5 - cosine * STEPS) / STEPS, mask=token < end)
+
+
+@triton.jit
 def store_scores(
     k_ptr, phi_ptr, inverse_ptr, leverage_ptr, direction_ptr, begin, end, head, mean, whitener, units,
     NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, COLUMNS: tl.constexpr,
