@@ -189,14 +189,17 @@ CHUNK_TILES = (
     (32, 256, 4, 3),
 )  # fmt: skip
 HOPPER_TILES = ((1, True, 224, 64), (2, True, 112, 32), (2, False, 112, 32))
-LEVERAGE_TILES = tuple((64, stages, warps, left) for left in (False, True) for stages in (2, 3, 4) for warps in (4, 8))
+LEVERAGE_TILES = tuple(
+    (64, stages, 4, left, block) for left in (False, True) for stages in (2, 3) for block in (512, 704, 1024)
+)
 
 
 def tune(tokens: int) -> list[dict[str, Any]]:
     """Times the tiles of chunk attention and leverage.
 
     Those of chunk attention are (queries, keys, warps, stages), on Hopper (members of a team, turns, registers of
-    consumers and others); those of leverage are (rows, stages, warps, whether keys are the left operand).
+    consumers and others); those of leverage are (rows, stages, warps, whether keys are the
+    left operand, tokens of a program).
     """
     layer = make_layer([tokens], 0.5)
     borders = layer.context.cu_seqlens
@@ -217,7 +220,7 @@ def tune(tokens: int) -> list[dict[str, Any]]:
         )
     for tiles in LEVERAGE_TILES:
         chosen = leverage_module.LeverageConfig(
-            project=True, **dict(zip(("rows", "num_stages", "num_warps", "keys_left"), tiles, strict=True))
+            project=True, **dict(zip(("rows", "num_stages", "num_warps", "keys_left", "block"), tiles, strict=True))
         )
         call = partial(pre_rope, layer, 512)
         rows.append(

@@ -28,9 +28,8 @@ def small_tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles so small that short sequences have several, partly filled ones."""
     if device.type == "cuda":
         return
-    config = leverage.LeverageConfig(rows=16, project=True, num_stages=1)
+    config = leverage.LeverageConfig(rows=16, project=True, num_stages=1, block=32)
     monkeypatch.setattr(leverage, "default_leverage_config", lambda *_: config)
-    monkeypatch.setattr(leverage, "_BLOCK", 32)
     tiles = attention.ChunkAttentionConfig(queries=16, keys=32, num_warps=4, num_stages=1)
     monkeypatch.setattr(attention, "default_chunk_attention_config", lambda *_: tiles)
     monkeypatch.setattr(zscores, "_TILE", 64)
@@ -86,7 +85,7 @@ def test_both_scores_of_keys(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, chunk: int | None, project: bool, keys_left: bool
 ) -> None:
     """Both from the same passes, with and without the projection; each is what it is alone."""
-    config = leverage.LeverageConfig(rows=16, project=project, num_stages=1, keys_left=keys_left)
+    config = leverage.LeverageConfig(rows=16, project=project, num_stages=1, keys_left=keys_left, block=32)
     monkeypatch.setattr(leverage, "default_leverage_config", lambda *_: config)
     k, phi, borders = ref.qkv(90, 1, 2, 20)[1].to(device), gaussian_sketch(20, 12, device), borders_of([90], device)
     both = leverage.key_scores(k, phi, borders, chunk=chunk, ridge=5e-3, direction=True)

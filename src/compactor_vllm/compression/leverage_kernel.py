@@ -31,7 +31,6 @@ from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_tensor
 from compactor_vllm.utils.capability import capability_of
 
 MAX_COLUMNS = 127
-_BLOCK = 1024  # tokens of a program
 _SLICES = tl.constexpr(16)  # programs that merge a chunk
 _MERGED = 16  # blocks that they add at a time
 _INTERPRETER_TERM = torch.float32  # Triton's interpreter has no bfloat16 products
@@ -99,10 +98,10 @@ def _launch(
     padded, dim_padded = phi.shape[1:]
     config = default_leverage_config(capability_of(k_TKD.device), k_TKD.dtype, dim, phi.shape[0] == 1)
     heads = {"NUM_KV_HEADS": num_kv_heads, "DIM_PADDED": dim_padded, "COLUMNS": columns, "PADDED": padded}
-    heads |= {"DIRECTION": direction, "BLOCK": _BLOCK}
+    heads |= {"DIRECTION": direction, "BLOCK": config.block}
     tiles = {"DIM": dim, "KEY_TERMS": _KEY_TERMS[k_TKD.dtype], "PHI_TERMS": phi.shape[0], "ROWS": config.rows}
     options = {"STAGES": config.num_stages, "num_warps": config.num_warps * max(1, padded // 64)}
-    blocks, units = max_blocks(num_tokens, num_seqs, _BLOCK, unit), max_blocks(num_tokens, num_seqs, WHOLE, unit)
+    blocks, units = max_blocks(num_tokens, num_seqs, config.block, unit), max_blocks(num_tokens, num_seqs, WHOLE, unit)
     size = padded * (padded + 1) + dim_padded
     parts = torch.empty(blocks, num_kv_heads, size, dtype=torch.float32, device=k_TKD.device)
     inverse_KT = out_NTK.new_empty(num_kv_heads, num_tokens) if direction else out_NTK
@@ -110,7 +109,7 @@ def _launch(
     common = (cu_seqlens_B1, num_tokens, num_seqs, unit)
     _moments_kernel[grid](k_TKD, phi, parts, inverse_KT, *common, **heads, **tiles, **options)
     chunks = parts  # where every unit is a block
-    if min(unit, num_tokens) > _BLOCK:
+    if min(unit, num_tokens) > config.block:
         chunks = torch.empty(units, num_kv_heads, size, dtype=torch.float32, device=k_TKD.device)
         _merge_kernel[(units * num_kv_heads, _SLICES.value)](
             parts, chunks, *common, **heads, MERGED=_MERGED, num_warps=4
@@ -123,7 +122,7 @@ def _launch(
 
 @dataclass(frozen=True, kw_only=True)
 class LeverageConfig:
-    """Choices that leave results as they are.
+    """Choices that leave results as they are, but for rounding.
 
     Attributes:
         rows: tokens of a step.
@@ -131,6 +130,7 @@ class LeverageConfig:
         num_stages: steps that loads run ahead.
         num_warps: of a program, for every 64 columns of the sketch.
         keys_left: whether keys are the left operand of that projection (`store_projected`); not measured yet.
+        block: tokens of a program, a multiple of `rows`.
     """
 
     rows: int
@@ -138,6 +138,7 @@ class LeverageConfig:
     num_stages: int
     num_warps: int = 4
     keys_left: bool = False
+    block: int = 1024
 
     def scores(self, columns: int) -> dict[str, bool]:
         """How scores are taken from a sketch of so many columns."""
@@ -337,7 +338,7 @@ def signatures(
     special = {"k_ptr": f"*{dtype}", "phi_ptr": "*bf16", "cu_seqlens_ptr": "*i32", "ridge": "fp32"}
     torch_type = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     config = default_leverage_config(capability, torch_type, dim, terms == 1)
-    shape = {"NUM_KV_HEADS": 8, "DIM": dim, "DIM_PADDED": dim, "BLOCK": _BLOCK, "MERGED": _MERGED, **scores}
+    shape = {"NUM_KV_HEADS": 8, "DIM": dim, "DIM_PADDED": dim, "BLOCK": config.block, "MERGED": _MERGED, **scores}
     shape |= {"KEY_TERMS": _KEY_TERMS[torch_type], "PHI_TERMS": terms, "STEPS": COSINE_STEPS}
     shape |= {"ROWS": config.rows, "STAGES": config.num_stages, **config.scores(scores["COLUMNS"])}
     for kernel, warps in ((_moments_kernel, config.num_warps), (_merge_kernel, 4), (_factor_kernel, 1),
