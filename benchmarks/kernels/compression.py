@@ -198,8 +198,8 @@ def tune(tokens: int) -> list[dict[str, Any]]:
     """Times the tiles of chunk attention and leverage.
 
     Those of chunk attention are (queries, keys, warps, stages), on Hopper (members of a team, turns, registers of
-    consumers and others); those of leverage are (rows, stages, warps, whether keys are the
-    left operand, tokens of a program).
+    consumers and others); those of leverage are (rows, stages, warps, whether keys are the left
+    operand, tokens of a program).
     """
     layer = make_layer([tokens], 0.5)
     borders = layer.context.cu_seqlens
@@ -222,9 +222,9 @@ def tune(tokens: int) -> list[dict[str, Any]]:
         chosen = leverage_module.LeverageConfig(
             project=True, **dict(zip(("rows", "num_stages", "num_warps", "keys_left", "block"), tiles, strict=True))
         )
-        call = partial(pre_rope, layer, 512)
+        call = partial(pre_rope, layer, None)
         rows.append(
-            _try("before RoPE (chunks of 512)", tiles, call, leverage_module, "default_leverage_config", chosen)
+            _try("before RoPE (whole context)", tiles, call, leverage_module, "default_leverage_config", chosen)
         )
     return rows
 
