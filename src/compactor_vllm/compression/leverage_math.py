@@ -160,42 +160,33 @@ def _dot_wide(a, b, acc, TERM: tl.constexpr):
 
 
 @triton.jit
-def _element(matrix, i, j):
-    """One element of a [PANEL, PANEL] matrix."""
-    lane = tl.arange(0, PANEL)
-    return tl.sum(tl.sum(tl.where((lane == i)[:, None] & (lane == j)[None, :], matrix, 0.0), 1), 0)
+def _eliminate(lines_ptr, first, scale, PADDED: tl.constexpr):
+    """Puts rows of D^-1/2 L⁻¹ in the place of PANEL rows of a matrix L D Lᵀ, the first of them row `first`.
 
-
-@triton.jit
-def _whiten_panel(a):
-    """W = D^-1/2 L⁻¹ of a symmetric matrix a = L D Lᵀ [PANEL, PANEL]; pivots up to LEAST end their directions.
-
-    Elimination in place: step j leaves row j of L⁻¹ left of the diagonal and the pivot on it. Two steps at a time: what
-    a step waits for, sums over threads, it waits for half as often.
+    Each row is a tensor of its own, so that an element of it is one exchange away and no sum over threads. Step j
+    leaves `scale`, which rows and columns were multiplied by, in place of the pivot: a column of L⁻¹ begins with it.
+    Pivots up to LEAST end their directions.
     """
-    lane = tl.arange(0, PANEL)
-    row, column = lane[:, None], lane[None, :]
-    for j in range(0, PANEL, 2):
-        first, across, second = _element(a, j, j), _element(a, j + 1, j), _element(a, j + 1, j + 1)
-        above = tl.sum(tl.where(row == j, a, 0.0), 0)
-        beside = tl.sum(tl.where(row == j + 1, a, 0.0), 0)
-        below = tl.sum(tl.where(column == j, a, 0.0), 1)
-        further = tl.sum(tl.where(column == j + 1, a, 0.0), 1)
-        inverse = tl.where(first > LEAST, 1.0 / tl.maximum(first, LEAST), 0.0)
-        share = across * inverse
-        second -= share * across
-        inverse_second = tl.where(second > LEAST, 1.0 / tl.maximum(second, LEAST), 0.0)
-        # Rows j and j + 1 as the rows below see them: ones and zeros stand for the identity that becomes L⁻¹.
-        above = tl.where(lane == j, 1.0, tl.where(lane == j + 1, 0.0, above))
-        beside = tl.where((lane == j) | (lane == j + 1), 0.0, beside) - share * above
-        further = tl.where(lane > j + 1, further - share * below, 0.0) * inverse_second
-        below = tl.where(lane > j + 1, below, 0.0) * inverse
-        rest = tl.where((row > j + 1) & ((column == j) | (column == j + 1)), 0.0, a) - below[:, None] * above[None, :]
-        rest -= further[:, None] * tl.where(lane == j + 1, 1.0, beside)[None, :]
-        a = tl.where(row == j + 1, tl.where(lane == j + 1, second, beside)[None, :], rest)
-    pivots = tl.sum(tl.where(row == column, a, 0.0), 1)
-    scale = tl.where(pivots > LEAST, tl.rsqrt(tl.maximum(pivots, LEAST)), 0.0)
-    return tl.where(row > column, a, tl.where(row == column, 1.0, 0.0)) * scale[:, None]
+    column = tl.arange(0, PADDED)
+    rows = ()
+    for i in tl.static_range(PANEL):
+        rows = rows + (tl.load(lines_ptr + i * PADDED + column),)  # noqa: RUF005 (Triton has no stars)
+    for j in tl.static_range(PANEL):
+        here = tl.zeros((PADDED,), tl.int32) + (first + j)
+        pivot = tl.gather(rows[j], here, 0)
+        some = pivot > LEAST
+        inverse = tl.where(some, 1.0 / tl.maximum(pivot, LEAST), 0.0)
+        row = tl.where(column == first + j, scale, rows[j])
+        rest = ()
+        for i in tl.static_range(PANEL):
+            if i > j:
+                below = tl.where(column == first + j, 0.0, rows[i]) - tl.gather(rows[i], here, 0) * inverse * row
+                rest = rest + (below,)  # noqa: RUF005
+            else:
+                rest = rest + (rows[i],)  # noqa: RUF005
+        rows = rest
+        live = some & ((column <= first + j) | (column >= first + PANEL))
+        tl.store(lines_ptr + j * PADDED + column, tl.where(live, row * tl.rsqrt(tl.maximum(pivot, LEAST)), 0.0))
 
 
 @triton.jit
@@ -208,29 +199,27 @@ def whiten(matrix_ptr, mean_ptr, count, ridge, COLUMNS: tl.constexpr, PADDED: tl
     PANEL rows at a time, from what G and the rows above left in memory. Rows of a panel that is done hold W up to its
     own columns, and what it takes from the rows below right of them.
     """
-    row, column, panel = tl.arange(0, PANEL), tl.arange(0, PADDED), tl.arange(0, PADDED // PANEL)
+    row, column = tl.arange(0, PANEL), tl.arange(0, PADDED)
     diagonal, mean = tl.load(matrix_ptr + column * (PADDED + 1)), tl.load(mean_ptr + column)
     ridge += tl.sum(diagonal, 0) / COLUMNS * 1e-10 + 1e-20
     scale = tl.rsqrt(diagonal + ridge + count.to(tl.float32) * mean * mean * 1e-7)
-    scale = tl.where(column < COLUMNS, scale, 0.0)[None, :]
+    scale = tl.where(column < COLUMNS, scale, 0.0)
     for p in range(0, (COLUMNS + PANEL - 1) // PANEL):
         own = row + PANEL * p
         lines = matrix_ptr + own[:, None] * PADDED + column[None, :]
         on_diagonal = own[:, None] == column[None, :]
-        a = (tl.load(lines) + tl.where(on_diagonal, ridge, 0.0)) * scale
-        a *= tl.sum(tl.where(on_diagonal, scale, 0.0), 1)[:, None]
+        a = (tl.load(lines) + tl.where(on_diagonal, ridge, 0.0)) * scale[None, :]
+        a *= tl.sum(tl.where(on_diagonal, scale[None, :], 0.0), 1)[:, None]
         a = tl.where((column >= PANEL * p)[None, :], a, 0.0)
         for q in range(0, p):
             done = matrix_ptr + (row + PANEL * q)[:, None] * PADDED
             z = tl.load(done + column[None, :])
             z = tl.where(((column < PANEL * (q + 1)) | (column >= PANEL * p))[None, :], z, 0.0)
             a = _dot_wide(tl.trans(tl.load(done + own[None, :]) * -1.0), z, a, TERM)
-        blocks = tl.reshape(a, (PANEL, PADDED // PANEL, PANEL))
-        own_block = tl.sum(tl.where((panel == p)[None, :, None], blocks, 0.0), 1)
-        a = tl.where(on_diagonal, scale, tl.where((column // PANEL == p)[None, :], 0.0, a))
-        a = _dot_wide(_whiten_panel(own_block), a, tl.zeros((PANEL, PADDED), tl.float32), TERM)
         tl.debug_barrier()  # every thread has read these rows
         tl.store(lines, a)
+        tl.debug_barrier()
+        _eliminate(matrix_ptr + PANEL * p * PADDED, PANEL * p, scale, PADDED)
         tl.debug_barrier()
 
 
