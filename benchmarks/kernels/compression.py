@@ -190,7 +190,7 @@ CHUNK_TILES = (
 )  # fmt: skip
 HOPPER_TILES = ((1, True, 224, 64), (2, True, 112, 32), (2, False, 112, 32))
 LEVERAGE_TILES = tuple(
-    (64, stages, 4, left, block) for left in (False, True) for stages in (2, 3) for block in (512, 704, 1024)
+    (64, stages, 4, left, block) for left in (False, True) for stages in (1, 2, 3) for block in (512, 704, 1024)
 )
 
 

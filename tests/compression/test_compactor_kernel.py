@@ -85,7 +85,7 @@ def test_both_scores_of_keys(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, chunk: int | None, project: bool, keys_left: bool
 ) -> None:
     """Both from the same passes, with and without the projection; each is what it is alone."""
-    config = leverage.LeverageConfig(rows=16, project=project, num_stages=1, keys_left=keys_left, block=32)
+    config = leverage.LeverageConfig(rows=16, project=project, num_stages=1, keys_left=keys_left, block=48)
     monkeypatch.setattr(leverage, "default_leverage_config", lambda *_: config)
     k, phi, borders = ref.qkv(90, 1, 2, 20)[1].to(device), gaussian_sketch(20, 12, device), borders_of([90], device)
     both = leverage.key_scores(k, phi, borders, chunk=chunk, ridge=5e-3, direction=True)
