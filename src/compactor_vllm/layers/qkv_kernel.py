@@ -23,6 +23,7 @@ from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_tensor
 from compactor_vllm.kv_cache.layer_cache import LayerCache
 from compactor_vllm.layers.activation_kernel import check_eps, check_matrix
+from compactor_vllm.layers.qkv_math import load_halves, normalise, rotate, split_heads, store_halves
 from compactor_vllm.utils.dependent_launch import dependent_launch
 from compactor_vllm.utils.helpers import ceil_div, power_of_two
 
@@ -219,71 +220,6 @@ def _append_constants(num_heads: int, num_kv_heads: int, dim: int) -> dict[str, 
 
 
 @triton.jit
-def _load_halves(source, live, HALF: tl.constexpr):
-    """Elements [0, HALF) and [HALF, 2 * HALF) of each row; 0 where not `live`."""
-    return tl.load(source, mask=live, other=0.0), tl.load(source + HALF, mask=live, other=0.0)
-
-
-@triton.jit
-def _store_halves(target, first, second, live, HALF: tl.constexpr):
-    tl.store(target, first.to(target.dtype.element_ty), mask=live)
-    tl.store(target + HALF, second.to(target.dtype.element_ty), mask=live)
-
-
-@triton.jit
-def _normalise(first, second, first_weight, second_weight, eps, HALF: tl.constexpr):
-    """RMSNorm of each row, rounded to its type; padding is 0."""
-    a = first.to(tl.float32)
-    b = second.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(a * a + b * b, 1) / (2 * HALF) + eps)[:, None]
-    a = a * scale * first_weight.to(tl.float32)
-    b = b * scale * second_weight.to(tl.float32)
-    return a.to(first.dtype), b.to(second.dtype)
-
-
-@triton.jit
-def _rotate(first, second, cos, sin):
-    """Pairs after RoPE, rounded to their type."""
-    a = first.to(tl.float32)
-    b = second.to(tl.float32)
-    return (a * cos - b * sin).to(first.dtype), (b * cos + a * sin).to(second.dtype)
-
-
-@triton.jit
-def _split_heads(
-    source, place, live, out_ptr, raw_ptr, norm_ptr, f, cos_source, sin_source, eps, first_head,
-    HEADS: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr,
-    NORM: tl.constexpr, RAW: tl.constexpr, ROTATE: tl.constexpr,
-):  # fmt: skip
-    """GROUP heads of all tokens of the program; the next head is read ahead, as no load may pass a store.
-
-    `source` and `place` are where head 0 of each token begins, in the projection and in the outputs; `cos_source`
-    and `sin_source` are where each token's angles lie.
-    """
-    first, second = _load_halves(source + first_head * (2 * HALF), live & (first_head < HEADS), HALF)
-    if NORM:
-        first_weight, second_weight = _load_halves(norm_ptr + f, f < HALF, HALF)
-    if ROTATE:
-        cos = tl.load(cos_source, mask=live, other=0.0)
-        sin = tl.load(sin_source, mask=live, other=0.0)
-    for i in tl.static_range(GROUP):
-        head = first_head + i
-        writes = live & (head < HEADS)
-        if i + 1 < GROUP:
-            ahead = live & (head + 1 < HEADS)
-            next_first, next_second = _load_halves(source + (head + 1) * (2 * HALF), ahead, HALF)
-        if NORM:
-            first, second = _normalise(first, second, first_weight, second_weight, eps, HALF)
-        if RAW:
-            _store_halves(raw_ptr + place + head * (2 * HALF), first, second, writes, HALF)
-        if ROTATE:
-            first, second = _rotate(first, second, cos, sin)
-        _store_halves(out_ptr + place + head * (2 * HALF), first, second, writes, HALF)
-        if i + 1 < GROUP:
-            first, second = next_first, next_second
-
-
-@triton.jit
 def _split_kernel(
     qkv_ptr, q_ptr, k_ptr, v_ptr, q_raw_ptr, k_raw_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, positions_ptr,
     num_tokens, stride_qkv, eps,
@@ -311,17 +247,17 @@ def _split_kernel(
         sin_source = sin_ptr + (angle * HALF)[:, None] + f
         if group < q_groups:
             q_place = (row * (HEADS * 2 * HALF))[:, None] + f
-            _split_heads(
+            split_heads(
                 source, q_place, live, q_ptr, q_raw_ptr, q_norm_ptr, f, cos_source, sin_source, eps, group * Q_GROUP,
                 HEADS, HALF, Q_GROUP, Q_NORM, Q_RAW, True,
             )  # fmt: skip
         else:
-            _split_heads(
+            split_heads(
                 source + HEADS * 2 * HALF, kv_place, live, k_ptr, k_raw_ptr, k_norm_ptr, f, cos_source, sin_source, eps,
                 (group - q_groups) * KV_GROUP, KV_HEADS, HALF, KV_GROUP, K_NORM, K_RAW, True,
             )  # fmt: skip
     else:
-        _split_heads(
+        split_heads(
             source + (HEADS + KV_HEADS) * 2 * HALF, kv_place, live, v_ptr, v_ptr, v_ptr, f, cos_ptr, sin_ptr, eps,
             (group - q_groups - kv_groups) * KV_GROUP, KV_HEADS, HALF, KV_GROUP, False, False, False,
         )  # fmt: skip
@@ -358,14 +294,14 @@ def _split_append_kernel(
         cos = tl.load(cos_ptr + angle_place, mask=live, other=0.0)
         sin = tl.load(sin_ptr + angle_place, mask=live, other=0.0)
         if Q_NORM:
-            first_weight, second_weight = _load_halves(q_norm_ptr + f, f < HALF, HALF)
+            first_weight, second_weight = load_halves(q_norm_ptr + f, f < HALF, HALF)
         if SETTLED:
             gdc_wait()
-        first, second = _load_halves(source + (head * (2 * HALF))[:, None], live, HALF)
+        first, second = load_halves(source + (head * (2 * HALF))[:, None], live, HALF)
         if Q_NORM:
-            first, second = _normalise(first, second, first_weight, second_weight, eps, HALF)
-        first, second = _rotate(first, second, cos, sin)
-        _store_halves(q_ptr + ((sequence * HEADS + head) * (2 * HALF))[:, None] + f, first, second, live, HALF)
+            first, second = normalise(first, second, first_weight, second_weight, eps, HALF)
+        first, second = rotate(first, second, cos, sin)
+        store_halves(q_ptr + ((sequence * HEADS + head) * (2 * HALF))[:, None] + f, first, second, live, HALF)
     elif slot >= 0:
         head = (group - q_groups) * GROUP + lane
         valid = head < KV_HEADS
@@ -377,18 +313,18 @@ def _split_append_kernel(
         page = tl.load(page_table_ptr + begin + rank // PAGE_SIZE, mask=valid, other=0).to(tl.int64)
         row = rank % PAGE_SIZE
         if K_NORM:
-            first_weight, second_weight = _load_halves(k_norm_ptr + f, f < HALF, HALF)
+            first_weight, second_weight = load_halves(k_norm_ptr + f, f < HALF, HALF)
         if SETTLED:
             gdc_wait()
-        first, second = _load_halves(source + ((HEADS + head) * (2 * HALF))[:, None], live, HALF)
+        first, second = load_halves(source + ((HEADS + head) * (2 * HALF))[:, None], live, HALF)
         v_source = source + ((HEADS + KV_HEADS + head) * (2 * HALF))[:, None]
-        v_first, v_second = _load_halves(v_source, live, HALF)
+        v_first, v_second = load_halves(v_source, live, HALF)
         if K_NORM:
-            first, second = _normalise(first, second, first_weight, second_weight, eps, HALF)
-        first, second = _rotate(first, second, cos, sin)
+            first, second = normalise(first, second, first_weight, second_weight, eps, HALF)
+        first, second = rotate(first, second, cos, sin)
         place = (row * (2 * HALF))[:, None] + f
-        _store_halves(k_pages_ptr + (page * stride_k)[:, None] + place, first, second, live, HALF)
-        _store_halves(v_pages_ptr + (page * stride_v)[:, None] + place, v_first, v_second, live, HALF)
+        store_halves(k_pages_ptr + (page * stride_k)[:, None] + place, first, second, live, HALF)
+        store_halves(v_pages_ptr + (page * stride_v)[:, None] + place, v_first, v_second, live, HALF)
         positions = tl.zeros((GROUP,), tl.int32) + position.to(tl.int32)
         tl.store(meta_pos_ptr + page * stride_pos + row, positions, mask=valid)
         tl.store(meta_score_ptr + page * stride_score + row, tl.zeros((GROUP,), tl.float32), mask=valid)
