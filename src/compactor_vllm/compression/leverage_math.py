@@ -160,13 +160,14 @@ def _dot_wide(a, b, acc, TERM: tl.constexpr):
 
 
 @triton.jit
-def _eliminate(lines_ptr, first, scale, PADDED: tl.constexpr):
+def _eliminate(lines_ptr, first, scale):
     """Puts rows of D^-1/2 L⁻¹ in the place of PANEL rows of a matrix L D Lᵀ, the first of them row `first`.
 
     Each row is a tensor of its own, so that an element of it is one exchange away and no sum over threads. Step j
     leaves `scale`, which rows and columns were multiplied by, in place of the pivot: a column of L⁻¹ begins with it.
     Pivots up to LEAST end their directions.
     """
+    PADDED: tl.constexpr = scale.shape[0]
     column = tl.arange(0, PADDED)
     rows = ()
     for i in tl.static_range(PANEL):
@@ -219,7 +220,7 @@ def whiten(matrix_ptr, mean_ptr, count, ridge, COLUMNS: tl.constexpr, PADDED: tl
         tl.debug_barrier()  # every thread has read these rows
         tl.store(lines, a)
         tl.debug_barrier()
-        _eliminate(matrix_ptr + PANEL * p * PADDED, PANEL * p, scale, PADDED)
+        _eliminate(matrix_ptr + PANEL * p * PADDED, PANEL * p, scale)
         tl.debug_barrier()
 
 
