@@ -26,6 +26,8 @@ from compactor_vllm.kv_cache.checks import check_tensor
 if TYPE_CHECKING:
     from compactor_vllm.distributed.group import KVHeads
 
+# Left alone, ptxas spills a few bytes to fit one block more on a multiprocessor.
+COMPILE_OPTIONS = {"maxnreg": 255}
 _TILE = 2048
 
 
@@ -69,7 +71,7 @@ def standardize(
     block = max(16, min(_TILE // (padded * terms), triton.next_power_of_2(unit)))
     grid = (max_blocks(num_tokens, num_seqs, block, unit),)
     constants = {"NUM_KV_HEADS": num_kv_heads, "HEADS_PADDED": padded, "TERMS": terms, "BLOCK": block}
-    constants |= {"PER_HEAD": domain == "head", "HAS_COUNTED": counted_T is not None, "num_warps": 4}
+    constants |= {"PER_HEAD": domain == "head", "HAS_COUNTED": counted_T is not None, "num_warps": 4, **COMPILE_OPTIONS}
     moments = torch.empty(
         grid[0], 6 if counted_T is not None else 3, terms * padded, dtype=torch.float64, device=x_NTK.device
     )
@@ -204,11 +206,14 @@ def _moments_kernel(
 def _merge_moments(
     moments_ptr, first, last, LANES: tl.constexpr, STRIDE: tl.constexpr, SCAN: tl.constexpr, RANKS: tl.constexpr
 ):  # fmt: skip
-    """Count, mean and variance per lane over blocks [first, last) of all ranks."""
+    """Count, mean and variance per lane over blocks [first, last) of all ranks.
+
+    Threads add up what they load, and meet once: loads of one round do not wait for sums of the round before.
+    """
     lane = tl.arange(0, LANES)
-    count = tl.zeros((LANES,), tl.float64)
-    total = tl.zeros((LANES,), tl.float64)
-    squares = tl.zeros((LANES,), tl.float64)
+    counts = tl.zeros((SCAN, LANES), tl.float64)
+    totals = tl.zeros((SCAN, LANES), tl.float64)
+    squares = tl.zeros((SCAN, LANES), tl.float64)
     for rank in tl.static_range(RANKS):
         for start in range(first, last, SCAN):
             block = start + tl.arange(0, SCAN)
@@ -218,11 +223,13 @@ def _merge_moments(
             part_count = tl.load(source, mask=valid, other=0.0)
             part_mean = tl.load(source + LANES, mask=valid, other=0.0)
             part_spread = tl.load(source + 2 * LANES, mask=valid, other=0.0)
-            count += tl.sum(part_count, 0)
-            total += tl.sum(part_count * part_mean, 0)
-            squares += tl.sum(part_spread + part_count * part_mean * part_mean, 0)
-    mean = total / tl.maximum(count, 1.0)
-    return count, mean, tl.maximum(squares / tl.maximum(count, 1.0) - mean * mean, 0.0)
+            counts += part_count
+            totals += part_count * part_mean
+            squares += part_spread + part_count * part_mean * part_mean
+    count = tl.sum(counts, 0)
+    share = 1.0 / tl.maximum(count, 1.0)
+    mean = tl.sum(totals, 0) * share
+    return count, mean, tl.maximum(tl.sum(squares, 0) * share - mean * mean, 0.0)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_seqs"])
@@ -250,12 +257,12 @@ def _apply_kernel(
             first = first_block + unit_index * per_unit
             last = first + (rest + BLOCK - 1) // BLOCK
             STRIDE: tl.constexpr = 6 if HAS_COUNTED else 3
-            _, mean, variance = _merge_moments(moments_ptr, first, last, LANES, STRIDE, SCAN, RANKS)
-            if HAS_COUNTED:
-                counted_ptr = moments_ptr + 3 * LANES
-                some, some_mean, some_var = _merge_moments(counted_ptr, first, last, LANES, STRIDE, SCAN, RANKS)
-                mean = tl.where(some > 0, some_mean, mean)
-                variance = tl.where(some > 0, some_var, variance)
+            counted_ptr = moments_ptr + (3 * LANES if HAS_COUNTED else 0)
+            count, mean, variance = _merge_moments(counted_ptr, first, last, LANES, STRIDE, SCAN, RANKS)
+            if HAS_COUNTED and tl.min(count, 0) == 0:  # where nothing counts, everything does
+                _, any_mean, any_variance = _merge_moments(moments_ptr, first, last, LANES, STRIDE, SCAN, RANKS)
+                mean = tl.where(count > 0, mean, any_mean)
+                variance = tl.where(count > 0, variance, any_variance)
             # The mean in two parts, so that float32 takes it away exactly enough.
             high = mean.to(tl.float32)
             inverse = (1.0 / tl.maximum(tl.sqrt(variance), MIN_STD)).to(tl.float32)
