@@ -323,6 +323,24 @@ def test_chunk_attention_of_any_group(
     assert error(got, want) < 1e-4
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("teams", ["TEAMS_OF_ONE", "TEAMS_OF_TWO"])
+def test_chunk_attention_beside_what_is_no_number(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, teams: str
+) -> None:
+    """Tiles reach into the next sequence; that it is NaN throughout leaves no trace."""
+    hopper = pytest.importorskip("compactor_vllm.compression.hopper_chunk_kernel")
+    monkeypatch.setattr(hopper, "default_hopper_chunk_config", lambda: getattr(hopper, teams))
+    lengths = [100, 60, 300]
+    q, k, v = (x.to(device, torch.bfloat16) for x in ref.qkv(sum(lengths), 4, 2, 128))
+    borders = borders_of(lengths, device)
+    before = attention.chunk_attention_scores(q, k, borders, chunk=256, scale=1.0, v_TKD=v)
+    for x in (q, k, v):
+        x[100:160] = float("nan")
+    after = attention.chunk_attention_scores(q, k, borders, chunk=256, scale=1.0, v_TKD=v)
+    assert torch.equal(before[:100], after[:100]) and torch.equal(before[160:], after[160:])
+
+
 def test_wrong_arguments_are_named(device: torch.device) -> None:
     q, k, v = (x.to(device) for x in ref.qkv(8, 4, 2, 16))
     borders, phi = borders_of([8], device), gaussian_sketch(16, 12, device)

@@ -171,11 +171,12 @@ def _consumer(
                     run_ptx(sync_text("bar.arrive", 9 - TEAM, THREADS))
                 s = warpgroup_mma_wait(0, deps=[s])
                 mbarrier.arrive(q_empty.index(stage), count=1)
-                if end - begin < KEYS:
+                row = begin + step // GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+                if end - begin < KEYS:  # what lies behind the chunk may be anything, also not a number
                     key = FIRST + opaque(gl.arange(0, OWN, gl.SliceLayout(0, s_layout)))
+                    s = gl.where((row < end)[:, None], s, 0.0)
                     s = gl.where((key < end - begin)[None, :], s, float("-inf"))
                 p, weight = _softmax(s, scale, rows, 8 * TEAM + 4 * (step // 2 % 2), CONSUMER, MEMBERS)
-                row = begin + step // GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
                 folded = _add_folded(folded, p, gl.where(row < end, weight, 0.0), OWN)
             count += GROUP * blocks
             mbarrier.arrive(k_empty.index(slot), count=1)
