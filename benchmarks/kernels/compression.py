@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -184,55 +185,40 @@ def measure(lengths: list[int], retention: float, ceilings: dict[str, float]) ->
     return rows
 
 
-CHUNK_TILES = (
-    (64, 256, 4, 3), (64, 256, 4, 2), (64, 256, 8, 2), (64, 256, 8, 3), (128, 256, 8, 1), (128, 256, 8, 2),
-    (32, 256, 4, 3),
-)  # fmt: skip
-HOPPER_TILES = ((1, True, 224, 64), (2, True, 112, 32), (2, False, 112, 32))
-LEVERAGE_TILES = tuple(
-    (64, stages, 4, left, block) for left in (False, True) for stages in (1, 2, 3) for block in (512, 704, 1024)
+CHUNK_CONFIGS = tuple(
+    chunk_module.ChunkAttentionConfig(queries=queries, keys=256, num_warps=warps, num_stages=stages)
+    for queries, warps, stages in ((64, 4, 3), (64, 4, 2), (64, 8, 2), (64, 8, 3), (128, 8, 1), (128, 8, 2), (32, 4, 3))
 )
+HOPPER_CONFIGS = (
+    hopper_module.TEAMS_OF_ONE, hopper_module.TEAMS_OF_TWO, replace(hopper_module.TEAMS_OF_TWO, turns=False),
+)  # fmt: skip
+LEVERAGE_CONFIGS = tuple(
+    leverage_module.LeverageConfig(rows=64, project=True, num_stages=stages, keys_left=left, block=block)
+    for left in (False, True) for stages in (1, 2, 3) for block in (512, 704, 1024)
+)  # fmt: skip
 
 
 def tune(tokens: int) -> list[dict[str, Any]]:
-    """Times the tiles of chunk attention and leverage.
-
-    Those of chunk attention are (queries, keys, warps, stages), on Hopper (members of a team, turns, registers of
-    consumers and others); those of leverage are (rows, stages, warps, whether keys are the left
-    operand, tokens of a program).
-    """
+    """Times the configurations of chunk attention, which Hopper has a kernel of its own for, and of leverage."""
     layer = make_layer([tokens], 0.5)
     borders = layer.context.cu_seqlens
     attend = partial(chunk_attention_scores, layer.q_THD, layer.k_TKD, borders, scale=1.0, v_TKD=layer.v_TKD, chunk=256)
-    rows = []
-    hopper = torch.cuda.get_device_capability() == (9, 0)
-    for tiles in HOPPER_TILES if hopper else ():
-        chosen = hopper_module.HopperChunkConfig(
-            **dict(zip(("members", "turns", "consumer_regs", "other_regs"), tiles, strict=True))
-        )
-        rows.append(_try("chunk attention (256)", tiles, attend, hopper_module, "default_hopper_chunk_config", chosen))
-    for tiles in () if hopper else CHUNK_TILES:
-        chosen = chunk_module.ChunkAttentionConfig(
-            **dict(zip(("queries", "keys", "num_warps", "num_stages"), tiles, strict=True))
-        )
-        rows.append(
-            _try("chunk attention (256)", tiles, attend, chunk_module, "default_chunk_attention_config", chosen)
-        )
-    for tiles in LEVERAGE_TILES:
-        chosen = leverage_module.LeverageConfig(
-            project=True, **dict(zip(("rows", "num_stages", "num_warps", "keys_left", "block"), tiles, strict=True))
-        )
-        call = partial(pre_rope, layer, None)
-        rows.append(
-            _try("before RoPE (whole context)", tiles, call, leverage_module, "default_leverage_config", chosen)
-        )
-    return rows
+    score_keys = partial(pre_rope, layer, None)
+    if torch.cuda.get_device_capability() == (9, 0):
+        chunk = (hopper_module, "default_hopper_chunk_config", HOPPER_CONFIGS)
+    else:
+        chunk = (chunk_module, "default_chunk_attention_config", CHUNK_CONFIGS)
+    leverage = (leverage_module, "default_leverage_config", LEVERAGE_CONFIGS)
+    cases = {"chunk attention (256)": (attend, *chunk), "before RoPE (whole context)": (score_keys, *leverage)}
+    return [
+        _try(op, call, module, name, config)
+        for op, (call, module, name, configs) in cases.items()
+        for config in configs
+    ]
 
 
-def _try(
-    op: str, tiles: tuple[int, ...], call: Callable[[], Any], module: Any, name: str, config: Any
-) -> dict[str, Any]:
-    row: dict[str, Any] = {"op": op, "tiles": list(tiles)}
+def _try(op: str, call: Callable[[], Any], module: Any, name: str, config: Any) -> dict[str, Any]:
+    row: dict[str, Any] = {"op": op, "config": asdict(config)}
     with mock.patch.object(module, name, lambda *shape: config):
         try:
             row["us"] = time_graph([call], budget_ms=40).median_us

@@ -282,9 +282,9 @@ def test_default_tiles_at_full_size(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, keys_left: bool, dtype: torch.dtype, dim: int
 ) -> None:
     """Real tile sizes, several chunks and a rest; and every run gives the same bits."""
-    default = leverage.default_leverage_config(torch.cuda.get_device_capability(), dtype, dim, exact_sketch=False)
-    config = dataclasses.replace(default, keys_left=keys_left and default.project)
-    monkeypatch.setattr(leverage, "default_leverage_config", lambda *_: config)
+    default = leverage.default_leverage_config
+    chosen = lambda *shape: dataclasses.replace(default(*shape), keys_left=keys_left)  # noqa: E731
+    monkeypatch.setattr(leverage, "default_leverage_config", chosen)
     lengths = [1300, 0, 17, 700]
     q, k, v = (x.to(device, dtype) for x in ref.qkv(sum(lengths), 4, 2, dim))
     borders, phi = borders_of(lengths, device), gaussian_sketch(dim, 48, device)

@@ -86,7 +86,10 @@ def compile_shared(head_dim: int, dtype: str, *, group: int = 4) -> Any:
 
 
 def compile_chunk_scores(head_dim: int, dtype: str, *, chunk: int = 256, teams_of_two: bool = False) -> Any:
-    """The kernel of chunk attention scores compiled for sm_90, for 8 KV heads of 4 query heads. Needs no GPU."""
+    """The kernel of chunk attention scores compiled for sm_90, for 8 KV heads of 4 query heads. Needs no GPU.
+
+    `teams_of_two`: with two warpgroups for a row of logits instead of one.
+    """
     module = import_module("compactor_vllm.compression.hopper_chunk_kernel")  # of a package above this one
     signature = {"q_desc": _descriptor(dtype, 64, head_dim), "k_desc": _descriptor(dtype, chunk, head_dim)}
     signature |= {"v_ptr": f"*{dtype}", "borders": "*i32", "out": "*fp32", "num_items": "i32", "scale": "fp32"}

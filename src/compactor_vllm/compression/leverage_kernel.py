@@ -142,7 +142,8 @@ class LeverageConfig:
 
     def scores(self, columns: int) -> dict[str, bool]:
         """How scores are taken from a sketch of so many columns."""
-        return {"PROJECT": self.project and columns > 0, "KEYS_LEFT": self.keys_left and columns > 0}
+        project = self.project and columns > 0
+        return {"PROJECT": project, "KEYS_LEFT": project and self.keys_left}
 
 
 def default_leverage_config(

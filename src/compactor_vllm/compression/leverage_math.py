@@ -161,7 +161,7 @@ def _dot_wide(a, b, acc, TERM: tl.constexpr):
 
 @triton.jit
 def _eliminate(lines_ptr, first, scale):
-    """Puts rows of D^-1/2 L⁻¹ in the place of PANEL rows of a matrix L D Lᵀ, the first of them row `first`.
+    """Puts rows of D^-1/2 L⁻¹ in the place of PANEL rows [PANEL, PADDED] of a matrix L D Lᵀ, from row `first` on.
 
     Each row is a tensor of its own, so that an element of it is one exchange away and no sum over threads. Step j
     leaves `scale`, which rows and columns were multiplied by, in place of the pivot: a column of L⁻¹ begins with it.
@@ -172,20 +172,17 @@ def _eliminate(lines_ptr, first, scale):
     rows = ()
     for i in tl.static_range(PANEL):
         rows = rows + (tl.load(lines_ptr + i * PADDED + column),)  # noqa: RUF005 (Triton has no stars)
-    for j in tl.static_range(PANEL):
+    for j in tl.static_range(PANEL):  # rows[0] is row j
         here = tl.zeros((PADDED,), tl.int32) + (first + j)
-        pivot = tl.gather(rows[j], here, 0)
+        pivot = tl.gather(rows[0], here, 0)
         some = pivot > LEAST
         inverse = tl.where(some, 1.0 / tl.maximum(pivot, LEAST), 0.0)
-        row = tl.where(column == first + j, scale, rows[j])
-        rest = ()
-        for i in tl.static_range(PANEL):
-            if i > j:
-                below = tl.where(column == first + j, 0.0, rows[i]) - tl.gather(rows[i], here, 0) * inverse * row
-                rest = rest + (below,)  # noqa: RUF005
-            else:
-                rest = rest + (rows[i],)  # noqa: RUF005
-        rows = rest
+        row = tl.where(column == first + j, scale, rows[0])
+        below = ()
+        for i in tl.static_range(1, PANEL - j):
+            share = tl.gather(rows[i], here, 0) * inverse
+            below = below + (tl.where(column == first + j, 0.0, rows[i]) - share * row,)  # noqa: RUF005
+        rows = below
         live = some & ((column <= first + j) | (column >= first + PANEL))
         tl.store(lines_ptr + j * PADDED + column, tl.where(live, row * tl.rsqrt(tl.maximum(pivot, LEAST)), 0.0))
 

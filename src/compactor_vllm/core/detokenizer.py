@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, cast
 from weakref import WeakKeyDictionary
 
@@ -102,8 +102,9 @@ class ByteLevelText:
     def _look_up(self, token: int) -> bytes:
         """The bytes of a token, none if it is beyond the vocabulary; added ones may be written in plain characters."""
         text = cast("str | None", self._tokenizer.convert_ids_to_tokens(token)) or ""
-        plain = any(c not in _BYTE_OF for c in text)
-        self._known[token] = text.encode() if plain else bytes(_BYTE_OF[c] for c in text)
+        byte_of = _byte_of_character()
+        plain = any(c not in byte_of for c in text)
+        self._known[token] = text.encode() if plain else bytes(byte_of[c] for c in text)
         return self._known[token]
 
 
@@ -267,17 +268,12 @@ def _decoder(tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool) -> C
     return cast("Callable[[list[int]], str]", decode)
 
 
-def _bytes_of_characters() -> dict[str, int]:
-    """The characters that byte-level vocabularies (GPT-2's and all after it) write bytes with.
+@cache
+def _byte_of_character() -> dict[str, int]:
+    """What the characters stand for that byte-level vocabularies (GPT-2's and all after it) write bytes with."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    Bytes that Latin-1 shows stand for themselves, the others for the characters from 256 on, in their order.
-    """
-    shown = [b for b in range(256) if 33 <= b <= 126 or (b >= 161 and b != 173)]
-    others = [b for b in range(256) if b not in shown]
-    return {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-_BYTE_OF = _bytes_of_characters()
+    return {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def _special_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
