@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -39,11 +39,10 @@ from benchmarks.kernels.compression_cases import (
 from benchmarks.timing import copy_ceiling, read_ceiling, time_graph, write_results
 from compactor_vllm.compression import SnapKV
 from compactor_vllm.compression import chunk_attention_kernel as chunk_module
-from compactor_vllm.compression import hopper_chunk_kernel as hopper_module
 from compactor_vllm.compression import leverage_kernel as leverage_module
 from compactor_vllm.compression.chunk_attention_kernel import chunk_attention_scores
 from compactor_vllm.compression.direction_kernel import direction_scores
-from compactor_vllm.compression.leverage_kernel import leverage_scores
+from compactor_vllm.compression.leverage_kernel import LeverageConfig, PassConfig, leverage_scores
 from compactor_vllm.compression.select_kernel import select_tokens
 from compactor_vllm.compression.zscore_kernel import standardize
 from compactor_vllm.kv_cache.store_kv_cache import append, compact, store_all, store_selected
@@ -189,32 +188,31 @@ CHUNK_CONFIGS = tuple(
     chunk_module.ChunkAttentionConfig(queries=queries, keys=256, num_warps=warps, num_stages=stages)
     for queries, warps, stages in ((64, 4, 3), (64, 4, 2), (64, 8, 2), (64, 8, 3), (128, 8, 1), (128, 8, 2), (32, 4, 3))
 )
-HOPPER_CONFIGS = (
-    hopper_module.TEAMS_OF_ONE, hopper_module.TEAMS_OF_TWO, replace(hopper_module.TEAMS_OF_TWO, turns=False),
-)  # fmt: skip
 LEVERAGE_CONFIGS = tuple(
-    leverage_module.LeverageConfig(rows=64, project=True, num_stages=stages, keys_left=left, block=block)
-    for left in (False, True) for stages in (1, 2, 3) for block in (512, 704, 1024)
-)  # fmt: skip
+    LeverageConfig(moments=PassConfig(rows=64, num_stages=stages, block=block), scores=scores, project=True)
+    for stages, block in ((2, 704), (3, 512), (3, 704), (3, 1024), (4, 1024))
+    for scores in (
+        PassConfig(rows=64, num_stages=3),
+        PassConfig(rows=64, num_stages=4),
+        PassConfig(rows=128, num_stages=2, num_warps=8),
+        PassConfig(rows=128, num_stages=2, num_warps=8, block=2048),
+        PassConfig(rows=128, num_stages=3, num_warps=8, block=2048),
+    )
+)
 
 
 def tune(tokens: int) -> list[dict[str, Any]]:
-    """Times the configurations of chunk attention, which Hopper has a kernel of its own for, and of leverage."""
+    """Times the configurations of leverage, and of chunk attention, unless it is Hopper's, which has only one."""
     layer = make_layer([tokens], 0.5)
     borders = layer.context.cu_seqlens
     attend = partial(chunk_attention_scores, layer.q_THD, layer.k_TKD, borders, scale=1.0, v_TKD=layer.v_TKD, chunk=256)
     score_keys = partial(pre_rope, layer, None)
-    if torch.cuda.get_device_capability() == (9, 0):
-        chunk = (hopper_module, "default_hopper_chunk_config", HOPPER_CONFIGS)
-    else:
-        chunk = (chunk_module, "default_chunk_attention_config", CHUNK_CONFIGS)
-    leverage = (leverage_module, "default_leverage_config", LEVERAGE_CONFIGS)
-    cases = {"chunk attention (256)": (attend, *chunk), "before RoPE (whole context)": (score_keys, *leverage)}
-    return [
-        _try(op, call, module, name, config)
-        for op, (call, module, name, configs) in cases.items()
-        for config in configs
+    cases: list[tuple[str, Callable[[], Any], Any, str, tuple[Any, ...]]] = [
+        ("before RoPE (whole context)", score_keys, leverage_module, "default_leverage_config", LEVERAGE_CONFIGS)
     ]
+    if torch.cuda.get_device_capability() != (9, 0):
+        cases.append(("chunk attention (256)", attend, chunk_module, "default_chunk_attention_config", CHUNK_CONFIGS))
+    return [_try(op, call, module, name, config) for op, call, module, name, configs in cases for config in configs]
 
 
 def _try(op: str, call: Callable[[], Any], module: Any, name: str, config: Any) -> dict[str, Any]:

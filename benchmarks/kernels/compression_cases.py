@@ -107,6 +107,7 @@ def make_layer(lengths: list[int], retention: float) -> Layer:
             spans=spans,
             cu_seqlens=torch.tensor([*begins, tokens], dtype=torch.int32, device="cuda"),
             positions_T=torch.cat([torch.arange(n) for n in lengths]).cuda(),
+            chunk_size=None,
             kernels="triton",
         ),
         protected_T=protected_T,

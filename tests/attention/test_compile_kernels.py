@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import inspect
 import os
 import subprocess
 import sys
@@ -56,8 +55,7 @@ def test_signatures_name_every_argument_once(name: str) -> None:
     signatures = importlib.import_module(name).aot_signatures
     labels = []
     for arch in ARCHITECTURES:
-        entries = signatures(divmod(arch, 10)) if inspect.signature(signatures).parameters else signatures()
-        for kernel, signature, constants, num_warps, num_stages, label in entries:
+        for kernel, signature, constants, num_warps, num_stages, label in signatures(divmod(arch, 10)):
             assert not set(signature) & set(constants), label
             assert set(signature) | set(constants) == set(kernel.arg_names), label
             assert num_warps >= 1 and num_stages >= 1 and all(isinstance(t, str) for t in signature.values())

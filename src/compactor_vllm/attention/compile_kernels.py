@@ -4,8 +4,8 @@
 kernel and architecture: registers, stack bytes (spills), shared memory against the card's limit. It exits with 1 where
 one of them does not compile, spills, does not fit, or lets Hopper's asynchronous products run one after another.
 
-A kernel module takes part by a function `aot_signatures()` or `aot_signatures(capability)` that yields its default
-configurations as (kernel, signature, constexprs, num_warps, num_stages, label), and by its line in `KERNEL_MODULES`.
+A kernel module takes part by a function `aot_signatures(capability)` that yields its default configurations as (kernel,
+signature, constexprs, num_warps, num_stages, label), and by its line in `KERNEL_MODULES`.
 A module's `COMPILE_OPTIONS`, if any, hold for all of its kernels.
 
 Compiling needs kernels that were imported without Triton's interpreter, so it happens in processes of its own.
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import inspect
 import json
 import os
 import re
@@ -189,9 +188,8 @@ def _compile_here(arch: int, pattern: str) -> Iterator[CompileReport]:
         if importlib.util.find_spec(name) is None:
             continue
         module = importlib.import_module(name)
-        signatures, extra = module.aot_signatures, getattr(module, "COMPILE_OPTIONS", {})
-        entries = signatures(divmod(arch, 10)) if inspect.signature(signatures).parameters else signatures()
-        for kernel, signature, constants, num_warps, num_stages, label in entries:
+        extra = getattr(module, "COMPILE_OPTIONS", {})
+        for kernel, signature, constants, num_warps, num_stages, label in module.aot_signatures(divmod(arch, 10)):
             if re.search(pattern, label):
                 start = time.monotonic()
                 options = {"num_warps": num_warps, "num_stages": num_stages, **extra}

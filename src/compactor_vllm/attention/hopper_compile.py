@@ -33,7 +33,6 @@ _CASES = (
     "128:bf16:prefix:lse",
     "128:bf16:shared",
     "128:bf16:chunk",
-    "128:bf16:chunk:two",
 )
 _SCALARS = {"num_items": "i32", "scale": "fp32"}
 
@@ -85,16 +84,12 @@ def compile_shared(head_dim: int, dtype: str, *, group: int = 4) -> Any:
     return _compile(shared_kernel, signature, constants, ("q_ptr", "partial", "lse", "page_table", "entries", "plan"))
 
 
-def compile_chunk_scores(head_dim: int, dtype: str, *, chunk: int = 256, teams_of_two: bool = False) -> Any:
-    """The kernel of chunk attention scores compiled for sm_90, for 8 KV heads of 4 query heads. Needs no GPU.
-
-    `teams_of_two`: with two warpgroups for a row of logits instead of one.
-    """
+def compile_chunk_scores(head_dim: int, dtype: str, *, chunk: int = 256) -> Any:
+    """The kernel of chunk attention scores compiled for sm_90, for 8 KV heads of 4 query heads. Needs no GPU."""
     module = import_module("compactor_vllm.compression.hopper_chunk_kernel")  # of a package above this one
     signature = {"q_desc": _descriptor(dtype, 64, head_dim), "k_desc": _descriptor(dtype, chunk, head_dim)}
     signature |= {"v_ptr": f"*{dtype}", "borders": "*i32", "out": "*fp32", "num_items": "i32", "scale": "fp32"}
     constants = {"GROUP": 4, "KV_HEADS": 8, "D": head_dim, "KEYS": chunk, "HAS_V": True, "SHARE": 1.0}
-    constants |= (module.TEAMS_OF_TWO if teams_of_two else module.TEAMS_OF_ONE).constants()
     return _compile(module.chunk_kernel, signature, constants, ("v_ptr", "borders", "out"))
 
 
@@ -180,7 +175,7 @@ def main() -> None:
         if "shared" in flags:
             kernel = compile_shared(int(head_dim), dtype)
         elif "chunk" in flags:
-            kernel = compile_chunk_scores(int(head_dim), dtype, teams_of_two="two" in flags)
+            kernel = compile_chunk_scores(int(head_dim), dtype)
         else:
             kernel = compile_prefill(int(head_dim), dtype, has_prefix="prefix" in flags, has_lse="lse" in flags)
         print(json.dumps({"case": case, "triton": triton.__version__, **asdict(kernel_facts(kernel))}), flush=True)

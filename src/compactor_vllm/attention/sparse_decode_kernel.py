@@ -12,7 +12,6 @@ device, for all layers of a step at once where the caller likes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ from compactor_vllm.attention.decode_plan_kernel import (
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_tensor
 from compactor_vllm.kv_cache.layer_cache import LayerCache
+from compactor_vllm.utils.capability import Signatures
 from compactor_vllm.utils.dependent_launch import dependent_launch
 
 __all__ = ["DecodePlan", "aot_signatures", "decode_attention", "plan_decode"]
@@ -257,9 +257,7 @@ def _merge_constants(
     }
 
 
-def aot_signatures(
-    capability: tuple[int, int] = (9, 0),
-) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int, str]]:
+def aot_signatures(capability: tuple[int, int] = (9, 0)) -> Signatures:
     """Default configurations of a card, for ahead-of-time compilation.
 
     Yields:

@@ -6,7 +6,6 @@ sequence, P pages, R rows of a page, S splits of a prefix.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +24,7 @@ from compactor_vllm.attention.prefill_config import (
 from compactor_vllm.attention.prefill_kernel import merge_kernel, prefill_kernel
 from compactor_vllm.attention.ragged_prefix import RaggedPrefix
 from compactor_vllm.errors import InvalidInputError
-from compactor_vllm.utils.capability import capability_of, multiprocessors
+from compactor_vllm.utils.capability import Signatures, capability_of, multiprocessors
 from compactor_vllm.utils.helpers import ceil_div
 
 __all__ = ["aot_signatures", "prefill_attention"]
@@ -207,7 +206,7 @@ def _bulk_copyable(rows: Tensor) -> bool:
     return rows.data_ptr() % 16 == 0 and all(s * rows.element_size() % 16 == 0 for s in rows.stride()[:-1])
 
 
-def aot_signatures(capability: tuple[int, int]) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int, str]]:
+def aot_signatures(capability: tuple[int, int] = (9, 0)) -> Signatures:
     """Configurations for ahead-of-time compilation: (kernel, signature, constexprs, warps, stages, label)."""
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
         for head_dim in (64, 80, 128, 256):

@@ -15,7 +15,6 @@ Shape suffixes: T tokens, B sequences, H query heads, K KV heads, D head dimensi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +27,7 @@ from compactor_vllm.compression.kernel_blocks import WHOLE, block_tokens, locate
 from compactor_vllm.compression.reference import GROUP_REDUCTIONS
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_tensor
-from compactor_vllm.utils.capability import capability_of
+from compactor_vllm.utils.capability import Signatures, capability_of
 
 # Left alone, ptxas spills a few bytes to fit one block more on a multiprocessor.
 COMPILE_OPTIONS = {"maxnreg": 255}
@@ -282,9 +281,7 @@ def _chunk_attention_kernel(
             tl.store(out_ptr + token.to(tl.int64) * NUM_KV_HEADS + head, received, mask=token < end)
 
 
-def aot_signatures(
-    capability: tuple[int, int] = (9, 0),
-) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int, str]]:
+def aot_signatures(capability: tuple[int, int] = (9, 0)) -> Signatures:
     """Configurations for ahead-of-time compilation: (kernel, signature, constexprs, warps, stages, label)."""
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     for dtype, dim, chunk in (("bf16", 128, 256), ("bf16", 128, 128), ("fp16", 128, 256), ("bf16", 64, 256),

@@ -5,12 +5,10 @@ Shape suffixes: T tokens, B sequences, K KV heads, D head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 from torch import Tensor
 
 from compactor_vllm.compression.leverage_kernel import key_scores, signatures
+from compactor_vllm.utils.capability import Signatures
 
 
 def direction_scores(k_TKD: Tensor, cu_seqlens_B1: Tensor, *, chunk: int | None) -> Tensor:
@@ -30,9 +28,7 @@ def direction_scores(k_TKD: Tensor, cu_seqlens_B1: Tensor, *, chunk: int | None)
     return key_scores(k_TKD, None, cu_seqlens_B1, chunk=chunk, ridge=0.0, direction=True)[0]
 
 
-def aot_signatures(
-    capability: tuple[int, int] = (9, 0),
-) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int, str]]:
+def aot_signatures(capability: tuple[int, int] = (9, 0)) -> Signatures:
     """Configurations for ahead-of-time compilation: (kernel, signature, constexprs, warps, stages, label)."""
     for dtype, dim in (("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp16", 128), ("fp32", 128)):
         scores = {"COLUMNS": 0, "PADDED": 16, "DIRECTION": True}

@@ -6,21 +6,17 @@ A work item is one chunk of one KV head. Its keys (a tile) stay in shared memory
 stream past, 64 rows a step; a step's logits are whole rows of the softmax. Four roles:
 
 * a producer warp loads keys (two buffers) and queries (a ring of four) through TMA;
-* two teams of consumers take the steps in turn, so that one's softmax falls into the other's product (named barriers
+* two consumer warpgroups take the steps in turn, so that one's softmax falls into the other's product (named barriers
   8 and 9), and keep column sums in registers until the item ends;
 * two warps work out the lengths of the values meanwhile.
 
-A team is one warpgroup, or two that have half of the keys each: rows are then shorter and four warps, not two, share a
-scheduler, for one exchange of (maximum, sum) a row (named barriers 11 and 12).
-
-The consumers add up their sums through shared memory (named barrier 10), and the first two write half of the keys
-each. All sums are taken in one order.
+At an item's end the first consumer leaves its sums in shared memory and goes on; the second adds its own, always in
+this order, and writes the scores.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
 
 import torch
 import triton
@@ -42,36 +38,6 @@ __all__ = ["applies", "chunk_attention_hopper"]
 Q_STAGES = gl.constexpr(4)
 VALUE_ROWS = gl.constexpr(32)
 CHUNKS = (128, 256)
-
-
-@dataclass(frozen=True, kw_only=True)
-class HopperChunkConfig:
-    """Choices that leave results as they are, but for rounding.
-
-    Attributes:
-        members: warpgroups of a team, 1 or 2.
-        turns: whether the teams take turns at the tensor cores.
-        consumer_regs, other_regs: registers of a thread of the consumers, and of the warpgroup that the other roles
-            share. All of them are what the launch has, 65,536 rounded down to a multiple of eight a thread.
-    """
-
-    members: int = 1
-    turns: bool = True
-    consumer_regs: int = 224
-    other_regs: int = 64
-
-    def constants(self) -> dict[str, int | bool]:
-        """The kernel's tuning constants."""
-        return {name.upper(): value for name, value in asdict(self).items()}
-
-
-TEAMS_OF_ONE = HopperChunkConfig()
-TEAMS_OF_TWO = HopperChunkConfig(members=2, consumer_regs=112, other_regs=32)
-
-
-def default_hopper_chunk_config() -> HopperChunkConfig:
-    """The configuration for an H100 or H200. Teams of two were not measured yet."""
-    return TEAMS_OF_ONE
 
 
 @gluon.jit
@@ -133,99 +99,78 @@ def _lengths(v_ptr, lengths, bars, borders, num_items, KEYS: gl.constexpr, D: gl
 
 @gluon.jit
 def _consumer(
-    args, CONSUMER: gl.constexpr, MEMBERS: gl.constexpr, TURNS: gl.constexpr, GROUP: gl.constexpr,
-    KV_HEADS: gl.constexpr, KEYS: gl.constexpr, HAS_V: gl.constexpr, SHARE: gl.constexpr,
+    args, CONSUMER: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, KEYS: gl.constexpr, HAS_V: gl.constexpr,
+    SHARE: gl.constexpr,
 ):  # fmt: skip
-    """Column sums of every second step of every item, of the keys of member CONSUMER % MEMBERS of the team."""
-    rings, parts, rows, lengths, bars, length_bars, borders, num_items, scale, out = args
+    """Column sums of every second step of every item."""
+    rings, parts, lengths, bars, part_bars, length_bars, borders, num_items, scale, out = args
     q_ring, k_ring = rings
     q_full, q_empty, k_full, k_empty = bars
-    TEAM: gl.constexpr = CONSUMER // MEMBERS
-    OWN: gl.constexpr = KEYS // MEMBERS
-    FIRST: gl.constexpr = CONSUMER % MEMBERS * OWN
-    HALF: gl.constexpr = KEYS // 2
-    THREADS: gl.constexpr = 256 * MEMBERS
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OWN, 16])
-    flat: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
-    if TURNS and TEAM == 1:
-        run_ptx(sync_text("bar.arrive", 8, THREADS))
+    part_full, part_empty = part_bars
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    flat: gl.constexpr = gl.BlockedLayout([KEYS // 128], [32], [gl.num_warps()], [0])
+    if CONSUMER == 1:
+        run_ptx("bar.arrive 8, 256;")
     count = 0
     index = 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
         begin, end, head = _item_borders(borders, item, num_items, KV_HEADS)
         if begin < end:
-            slot = index & 1
+            slot, phase = index & 1, (index >> 1) & 1
             blocks = (end - begin + ROWS - 1) // ROWS
-            folded = _halves(gl.zeros([ROWS, OWN], gl.float32, s_layout), OWN)[0]
-            mbarrier.wait(k_full.index(slot), (index >> 1) & 1)
-            for step in range((count + TEAM) & 1, GROUP * blocks, 2):
+            folded = _halves(gl.zeros([ROWS, KEYS], gl.float32, s_layout), KEYS)[0]
+            mbarrier.wait(k_full.index(slot), phase)
+            for step in range((count + CONSUMER) & 1, GROUP * blocks, 2):
                 stage = (count + step) % Q_STAGES
                 mbarrier.wait(q_full.index(stage), ((count + step) // Q_STAGES) & 1)
-                if TURNS:
-                    run_ptx(sync_text("bar.sync", 8 + TEAM, THREADS))
+                run_ptx(sync_text("bar.sync", 8 + CONSUMER, 256))
                 s = warpgroup_mma(
-                    q_ring.index(stage), k_ring.index(slot).slice(FIRST, OWN, 0).permute((1, 0)),
-                    gl.zeros([ROWS, OWN], gl.float32, s_layout), use_acc=False, is_async=True,
+                    q_ring.index(stage), k_ring.index(slot).permute((1, 0)),
+                    gl.zeros([ROWS, KEYS], gl.float32, s_layout), use_acc=False, is_async=True,
                 )  # fmt: skip
-                if TURNS:
-                    run_ptx(sync_text("bar.arrive", 9 - TEAM, THREADS))
+                run_ptx(sync_text("bar.arrive", 9 - CONSUMER, 256))
                 s = warpgroup_mma_wait(0, deps=[s])
                 mbarrier.arrive(q_empty.index(stage), count=1)
                 row = begin + step // GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
                 if end - begin < KEYS:  # what lies behind the chunk may be anything, also not a number
-                    key = FIRST + opaque(gl.arange(0, OWN, gl.SliceLayout(0, s_layout)))
+                    key = opaque(gl.arange(0, KEYS, gl.SliceLayout(0, s_layout)))
                     s = gl.where((row < end)[:, None], s, 0.0)
                     s = gl.where((key < end - begin)[None, :], s, float("-inf"))
-                p, weight = _softmax(s, scale, rows, 8 * TEAM + 4 * (step // 2 % 2), CONSUMER, MEMBERS)
-                folded = _add_folded(folded, p, gl.where(row < end, weight, 0.0), OWN)
+                p, sums = _exponentials(s, scale)
+                folded = _add_folded(folded, p, gl.where(row < end, 1.0 / sums, 0.0), KEYS)
             count += GROUP * blocks
             mbarrier.arrive(k_empty.index(slot), count=1)
             received = gl.convert_layout(gl.sum(gl.sum(folded, axis=1), axis=0), flat)
-            parts.index(2 * slot + TEAM).slice(FIRST, OWN, 0).store(received)
-            run_ptx(sync_text("bar.sync", 10, THREADS))
-            if CONSUMER < 2:
-                mine = parts.index(2 * slot).slice(CONSUMER * HALF, HALF, 0).load(flat)
-                mine += parts.index(2 * slot + 1).slice(CONSUMER * HALF, HALF, 0).load(flat)
+            if CONSUMER == 0:
+                mbarrier.wait(part_empty.index(slot), phase ^ 1)
+                parts.index(slot).store(received)
+                mbarrier.arrive(part_full.index(slot), count=1)
+            else:
+                mbarrier.wait(part_full.index(slot), phase)
+                received += parts.index(slot).load(flat)
+                mbarrier.arrive(part_empty.index(slot), count=1)
                 if HAS_V:
                     full, empty = length_bars
-                    mbarrier.wait(full.index(slot), (index >> 1) & 1)
-                    halves = lengths._reinterpret(gl.float32, [4, HALF], lengths.type.layout)
-                    mine *= halves.index(2 * slot + CONSUMER).load(flat)
+                    mbarrier.wait(full.index(slot), phase)
+                    received *= lengths._reinterpret(gl.float32, [2, KEYS], lengths.type.layout).index(slot).load(flat)
                     mbarrier.arrive(empty.index(slot), count=1)
-                token = begin + CONSUMER * HALF + gl.arange(0, HALF, flat)
-                gl.store(out + token * KV_HEADS + head, mine * SHARE, mask=token < end)
+                token = begin + gl.arange(0, KEYS, flat)
+                gl.store(out + token * KV_HEADS + head, received * SHARE, mask=token < end)
             index += 1
-    # The team whose turn it would be takes it, so that no barrier is left half full.
-    if TURNS and (count & 1) == TEAM:
-        run_ptx(sync_text("bar.sync", 8 + TEAM, THREADS))
+    # The consumer whose turn it would be takes it, so that no barrier is left half full.
+    if (count & 1) == CONSUMER:
+        run_ptx(sync_text("bar.sync", 8 + CONSUMER, 256))
 
 
 @gluon.jit
-def _softmax(s, scale, rows, first, CONSUMER: gl.constexpr, MEMBERS: gl.constexpr):
-    """Exponentials of logits [ROWS, OWN], and the weight of each row that makes them parts of a whole.
-
-    With two members, a row's other half has a maximum and a sum of its own; they tell each other in four `rows` from
-    `first` on. A half without a key has exponentials of 0 and a maximum that weighs nothing.
-    """
-    OWN: gl.constexpr = s.shape[1]
+def _exponentials(s, scale):
+    """Exponentials of logits [ROWS, KEYS], at most 1, and the sum of each row."""
+    KEYS: gl.constexpr = s.shape[1]
     row: gl.constexpr = gl.SliceLayout(1, s.type.layout)
-    largest = gl.max(gl.max(gl.max(_apart(s, OWN), axis=2), axis=1), axis=1)
+    largest = gl.max(gl.max(gl.max(_apart(s, KEYS), axis=2), axis=1), axis=1)
     largest = gl.convert_layout(largest, row) * scale
-    if MEMBERS == 2:
-        largest = gl.maximum(largest, -1e30)
     p = gl.exp2(s * scale - largest[:, None])
-    sums = gl.convert_layout(gl.sum(gl.sum(gl.sum(_apart(p, OWN), axis=2), axis=1), axis=1), row)
-    if MEMBERS == 1:
-        return p, 1.0 / sums
-    mine, theirs = first + 2 * (CONSUMER % 2), first + 2 - 2 * (CONSUMER % 2)
-    rows.index(mine).store(largest)
-    rows.index(mine + 1).store(sums)
-    run_ptx(sync_text("bar.sync", 11 + CONSUMER // 2, 256))
-    other = rows.index(theirs).load(row)
-    other_sums = rows.index(theirs + 1).load(row)
-    top = gl.maximum(largest, other)
-    share = gl.exp2(largest - top)
-    return p, share / (sums * share + other_sums * gl.exp2(other - top))
+    return p, gl.convert_layout(gl.sum(gl.sum(gl.sum(_apart(p, KEYS), axis=2), axis=1), axis=1), row)
 
 
 @gluon.jit
@@ -256,60 +201,48 @@ def _add_folded(folded, p, weight, KEYS: gl.constexpr):
 def chunk_kernel(
     q_desc, k_desc, v_ptr, borders, out, num_items, scale,
     GROUP: gl.constexpr, KV_HEADS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, HAS_V: gl.constexpr,
-    SHARE: gl.constexpr, MEMBERS: gl.constexpr, TURNS: gl.constexpr, CONSUMER_REGS: gl.constexpr,
-    OTHER_REGS: gl.constexpr,
+    SHARE: gl.constexpr,
 ):  # fmt: skip
     """Allocates the shared memory and starts the roles."""
     bar_layout: gl.constexpr = mbarrier.MBarrierLayout()
     row_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     q_ring = gl.allocate_shared_memory(q_desc.dtype, [Q_STAGES, ROWS, D], q_desc.layout)
     k_ring = gl.allocate_shared_memory(k_desc.dtype, [2, KEYS, D], k_desc.layout)
-    parts = gl.allocate_shared_memory(gl.float32, [4, KEYS], row_layout)
-    rows = gl.allocate_shared_memory(gl.float32, [16, ROWS], row_layout)
+    parts = gl.allocate_shared_memory(gl.float32, [2, KEYS], row_layout)
     lengths = gl.allocate_shared_memory(gl.float32, [2 * KEYS // VALUE_ROWS, VALUE_ROWS], row_layout)
     q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], bar_layout)
     q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], bar_layout)
     k_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar_layout)
     k_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar_layout)
+    part_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar_layout)
+    part_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar_layout)
     length_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar_layout)
     length_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar_layout)
     for i in gl.static_range(Q_STAGES):
         mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(q_empty.index(i), count=MEMBERS)
+        mbarrier.init(q_empty.index(i), count=1)
     for i in gl.static_range(2):
         mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2 * MEMBERS)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(part_full.index(i), count=1)
+        mbarrier.init(part_empty.index(i), count=1)
         mbarrier.init(length_full.index(i), count=1)
-        mbarrier.init(length_empty.index(i), count=2)
+        mbarrier.init(length_empty.index(i), count=1)
     bars = (q_full, q_empty, k_full, k_empty)
-    length_bars = (length_full, length_empty)
+    part_bars, length_bars = (part_full, part_empty), (length_full, length_empty)
     mem = (q_ring, k_ring)
-    args = (mem, parts, rows, lengths, bars, length_bars, borders, num_items, scale, out)
+    args = (mem, parts, lengths, bars, part_bars, length_bars, borders, num_items, scale, out)
     num_measured = num_items if HAS_V else 0
-    if MEMBERS == 1:
-        gl.warp_specialize(
-            [
-                (_consumer, (args, 0, MEMBERS, TURNS, GROUP, KV_HEADS, KEYS, HAS_V, SHARE)),
-                (_consumer, (args, 1, MEMBERS, TURNS, GROUP, KV_HEADS, KEYS, HAS_V, SHARE)),
-                (_producer, ((q_desc, k_desc), mem, bars, borders, num_items, GROUP, D, KV_HEADS)),
-                (_lengths, (v_ptr, lengths, length_bars, borders, num_measured, KEYS, D, KV_HEADS)),
-            ],
-            [4, 1, 2],
-            [CONSUMER_REGS, OTHER_REGS, OTHER_REGS],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (_consumer, (args, 0, MEMBERS, TURNS, GROUP, KV_HEADS, KEYS, HAS_V, SHARE)),
-                (_consumer, (args, 1, MEMBERS, TURNS, GROUP, KV_HEADS, KEYS, HAS_V, SHARE)),
-                (_consumer, (args, 2, MEMBERS, TURNS, GROUP, KV_HEADS, KEYS, HAS_V, SHARE)),
-                (_consumer, (args, 3, MEMBERS, TURNS, GROUP, KV_HEADS, KEYS, HAS_V, SHARE)),
-                (_producer, ((q_desc, k_desc), mem, bars, borders, num_items, GROUP, D, KV_HEADS)),
-                (_lengths, (v_ptr, lengths, length_bars, borders, num_measured, KEYS, D, KV_HEADS)),
-            ],
-            [4, 4, 4, 1, 2],
-            [CONSUMER_REGS, CONSUMER_REGS, CONSUMER_REGS, OTHER_REGS, OTHER_REGS],
-        )
+    gl.warp_specialize(
+        [
+            (_consumer, (args, 0, GROUP, KV_HEADS, KEYS, HAS_V, SHARE)),
+            (_consumer, (args, 1, GROUP, KV_HEADS, KEYS, HAS_V, SHARE)),
+            (_producer, ((q_desc, k_desc), mem, bars, borders, num_items, GROUP, D, KV_HEADS)),
+            (_lengths, (v_ptr, lengths, length_bars, borders, num_measured, KEYS, D, KV_HEADS)),
+        ],
+        [4, 1, 2],
+        [224, 64, 64],
+    )
 
 
 @triton.jit(do_not_specialize=["num_seqs"])
@@ -380,6 +313,5 @@ def chunk_attention_hopper(
         KEYS=chunk,
         HAS_V=v_TKD is not None,
         SHARE=1.0 / group if mean else 1.0,
-        **default_hopper_chunk_config().constants(),
         num_warps=4,
     )

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LANES = tl.constexpr(32)
+"""Sequences that are looked at together: with one for each lane of a warp, no warp waits for another."""
 WHOLE = 1 << 30
 """A unit that no sequence exceeds; also a block that no unit exceeds, so that blocks are the units themselves."""
 
@@ -33,11 +35,8 @@ def _blocks_of(lane, valid, cu_seqlens_ptr, unit, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def locate_block(index, cu_seqlens_ptr, num_seqs, unit, BLOCK: tl.constexpr, LANES: tl.constexpr = 128):
-    """Sequence of block `index` and the number of that sequence's first block, LANES sequences at a time.
-
-    The sequence is `num_seqs` for an index beyond the last block. With 32 lanes no warp waits for another.
-    """
+def locate_block(index, cu_seqlens_ptr, num_seqs, unit, BLOCK: tl.constexpr):
+    """Sequence of block `index` and the number of that sequence's first block; `num_seqs` beyond the last block."""
     sequence = 0
     first_block = 0
     seen = 0
@@ -53,8 +52,8 @@ def locate_block(index, cu_seqlens_ptr, num_seqs, unit, BLOCK: tl.constexpr, LAN
 
 
 @triton.jit
-def blocks_before(sequence, cu_seqlens_ptr, unit, BLOCK: tl.constexpr, LANES: tl.constexpr = 128):
-    """Number of the first block of `sequence`, LANES sequences at a time."""
+def blocks_before(sequence, cu_seqlens_ptr, unit, BLOCK: tl.constexpr):
+    """Number of the first block of `sequence`."""
     seen = 0
     for start in range(0, sequence, LANES):
         lane = start + tl.arange(0, LANES)
@@ -76,7 +75,7 @@ def block_tokens(block, first_token, length, unit, BLOCK: tl.constexpr):
 @triton.jit
 def tokens_of(index, cu_seqlens_ptr, num_seqs, unit, BLOCK: tl.constexpr):
     """Sequence of a block, the block's number in it, and its tokens [begin, end)."""
-    sequence, first_block = locate_block(index, cu_seqlens_ptr, num_seqs, unit, BLOCK, LANES=32)
+    sequence, first_block = locate_block(index, cu_seqlens_ptr, num_seqs, unit, BLOCK)
     live = sequence < num_seqs
     first_token = tl.load(cu_seqlens_ptr + sequence, mask=live, other=0)
     length = tl.load(cu_seqlens_ptr + sequence + 1, mask=live, other=0) - first_token

@@ -14,7 +14,6 @@ Shape suffixes: N scores, T tokens, B sequences, K KV heads, D head dimension, S
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +27,7 @@ from compactor_vllm.compression.leverage_math import block_moments, store_projec
 from compactor_vllm.compression.reference import COSINE_STEPS
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_tensor
-from compactor_vllm.utils.capability import capability_of
+from compactor_vllm.utils.capability import Signatures, capability_of
 
 MAX_COLUMNS = 127
 _SLICES = tl.constexpr(16)  # programs that merge a chunk
@@ -98,26 +97,53 @@ def _launch(
     padded, dim_padded = phi.shape[1:]
     config = default_leverage_config(capability_of(k_TKD.device), k_TKD.dtype, dim, phi.shape[0] == 1)
     heads = {"NUM_KV_HEADS": num_kv_heads, "DIM_PADDED": dim_padded, "COLUMNS": columns, "PADDED": padded}
-    heads |= {"DIRECTION": direction, "BLOCK": config.block}
-    tiles = {"DIM": dim, "KEY_TERMS": _KEY_TERMS[k_TKD.dtype], "PHI_TERMS": phi.shape[0], "ROWS": config.rows}
-    options = {"STAGES": config.num_stages, "num_warps": config.num_warps * max(1, padded // 64)}
-    blocks, units = max_blocks(num_tokens, num_seqs, config.block, unit), max_blocks(num_tokens, num_seqs, WHOLE, unit)
+    heads |= {"DIRECTION": direction}
+    tiles = {"DIM": dim, "KEY_TERMS": _KEY_TERMS[k_TKD.dtype], "PHI_TERMS": phi.shape[0]}
+    measured, scored, units = (
+        max_blocks(num_tokens, num_seqs, block, unit) for block in (config.moments.block, config.scores.block, WHOLE)
+    )
     size = padded * (padded + 1) + dim_padded
-    parts = torch.empty(blocks, num_kv_heads, size, dtype=torch.float32, device=k_TKD.device)
+    parts = torch.empty(measured, num_kv_heads, size, dtype=torch.float32, device=k_TKD.device)
     inverse_KT = out_NTK.new_empty(num_kv_heads, num_tokens) if direction else out_NTK
-    grid = (blocks * num_kv_heads,)  # heads first: programs that run together read whole rows of memory
     common = (cu_seqlens_B1, num_tokens, num_seqs, unit)
-    _moments_kernel[grid](k_TKD, phi, parts, inverse_KT, *common, **heads, **tiles, **options)
+    # Heads first: programs that run together read whole rows of memory.
+    _moments_kernel[(measured * num_kv_heads,)](
+        k_TKD, phi, parts, inverse_KT, *common, **heads, **tiles, **config.moments.options(padded)
+    )
     chunks = parts  # where every unit is a block
-    if min(unit, num_tokens) > config.block:
+    if min(unit, num_tokens) > config.moments.block:
         chunks = torch.empty(units, num_kv_heads, size, dtype=torch.float32, device=k_TKD.device)
         _merge_kernel[(units * num_kv_heads, _SLICES.value)](
-            parts, chunks, *common, **heads, MERGED=_MERGED, num_warps=4
+            parts, chunks, *common, **heads, BLOCK=config.moments.block, MERGED=_MERGED, num_warps=4
         )
     if columns:
         _factor_kernel[(units * num_kv_heads,)](phi, chunks, *common, ridge, **heads, num_warps=1)
-    tiles |= {"STEPS": COSINE_STEPS, **config.scores(columns)}
-    _scores_kernel[grid](k_TKD, phi, chunks, inverse_KT, out_NTK[0], out_NTK[-1], *common, **heads, **tiles, **options)
+    tiles |= {"STEPS": COSINE_STEPS, "PROJECT": config.project and columns > 0, **config.scores.options(padded)}
+    _scores_kernel[(scored * num_kv_heads,)](
+        k_TKD, phi, chunks, inverse_KT, out_NTK[0], out_NTK[-1], *common, **heads, **tiles
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassConfig:
+    """How keys are passed over.
+
+    Attributes:
+        rows: tokens of a step.
+        num_stages: steps that loads run ahead.
+        num_warps: of a program, for every 64 columns of the sketch.
+        block: tokens of a program, a multiple of `rows`.
+    """
+
+    rows: int
+    num_stages: int
+    num_warps: int = 4
+    block: int = 1024
+
+    def options(self, padded: int) -> dict[str, int]:
+        """Of a launch for so many padded columns."""
+        warps = self.num_warps * max(1, padded // 64)
+        return {"ROWS": self.rows, "BLOCK": self.block, "STAGES": self.num_stages, "num_warps": warps}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,25 +151,13 @@ class LeverageConfig:
     """Choices that leave results as they are, but for rounding.
 
     Attributes:
-        rows: tokens of a step.
-        project: whether leverage is taken with the one projection Φ Wᵀ, fewer products but more registers.
-        num_stages: steps that loads run ahead.
-        num_warps: of a program, for every 64 columns of the sketch.
-        keys_left: whether keys are the left operand of that projection (`store_projected`); not measured yet.
-        block: tokens of a program, a multiple of `rows`.
+        moments, scores: the two passes.
+        project: whether leverage is taken with the one projection Φ Wᵀ, fewer products but more shared memory.
     """
 
-    rows: int
+    moments: PassConfig
+    scores: PassConfig
     project: bool
-    num_stages: int
-    num_warps: int = 4
-    keys_left: bool = False
-    block: int = 1024
-
-    def scores(self, columns: int) -> dict[str, bool]:
-        """How scores are taken from a sketch of so many columns."""
-        project = self.project and columns > 0
-        return {"PROJECT": project, "KEYS_LEFT": project and self.keys_left}
 
 
 def default_leverage_config(
@@ -151,15 +165,15 @@ def default_leverage_config(
 ) -> LeverageConfig:
     """The configuration for a card ((0, 0) is the interpreter), keys' type, head dimension and kind of sketch."""
     small = dim <= 128 and dtype.itemsize == 2
-    if capability[0] == 10 and small:
-        return LeverageConfig(rows=64, project=True, num_stages=1)
-    if capability[0] == 9 and small:
-        return LeverageConfig(rows=64 if dtype == torch.bfloat16 else 32, project=True, num_stages=3)
+    if capability[0] in (9, 10) and small:
+        passes = PassConfig(rows=64, num_stages=3 if capability[0] == 9 else 1)
+        return LeverageConfig(moments=passes, scores=passes, project=True)
     # Steps of 32 tokens overflow the registers where both scores are taken from wide heads, or from more than one term.
     short = dim > 128 if capability[0] == 10 else dtype != torch.bfloat16 and capability[0] != 9
     num_stages = 2 if small and dtype == torch.bfloat16 and exact_sketch else 1
     num_warps = 8 if short and dtype == torch.float32 else 4
-    return LeverageConfig(rows=16 if short else 32, project=False, num_stages=num_stages, num_warps=num_warps)
+    passes = PassConfig(rows=16 if short else 32, num_stages=num_stages, num_warps=num_warps)
+    return LeverageConfig(moments=passes, scores=passes, project=False)
 
 
 _SKETCH_TERMS: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
@@ -229,7 +243,7 @@ def _merge_kernel(
     head = tl.program_id(0) % NUM_KV_HEADS
     sequence, number, begin, end = tokens_of(index, cu_seqlens_ptr, num_seqs, unit, 1 << 30)
     if sequence < num_seqs:
-        first = blocks_before(sequence, cu_seqlens_ptr, unit, BLOCK, LANES=32)
+        first = blocks_before(sequence, cu_seqlens_ptr, unit, BLOCK)
         first += number * ((unit + BLOCK - 1) // BLOCK)
         blocks = (end - begin + BLOCK - 1) // BLOCK
         source = _place(parts_ptr, first, head, NUM_KV_HEADS, DIM_PADDED, PADDED)
@@ -271,7 +285,7 @@ def _merge_kernel(
 def _factor_kernel(
     phi_ptr, chunks_ptr, cu_seqlens_ptr, num_tokens, num_seqs, unit, ridge,
     NUM_KV_HEADS: tl.constexpr, DIM_PADDED: tl.constexpr, COLUMNS: tl.constexpr, PADDED: tl.constexpr,
-    DIRECTION: tl.constexpr, BLOCK: tl.constexpr,
+    DIRECTION: tl.constexpr,
 ):  # fmt: skip
     """Puts a chunk's whitener in the place of its Gram matrix."""
     index = tl.program_id(0) // NUM_KV_HEADS
@@ -287,15 +301,14 @@ def _scores_kernel(
     k_ptr, phi_ptr, chunks_ptr, inverse_ptr, leverage_ptr, direction_ptr, cu_seqlens_ptr, num_tokens, num_seqs, unit,
     NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, COLUMNS: tl.constexpr,
     PADDED: tl.constexpr, KEY_TERMS: tl.constexpr, PHI_TERMS: tl.constexpr, DIRECTION: tl.constexpr,
-    STEPS: tl.constexpr, PROJECT: tl.constexpr, KEYS_LEFT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
+    STEPS: tl.constexpr, PROJECT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Leverage and direction of one block of tokens."""
     index = tl.program_id(0) // NUM_KV_HEADS
     head = tl.program_id(0) % NUM_KV_HEADS
     sequence, number, begin, end = tokens_of(index, cu_seqlens_ptr, num_seqs, unit, BLOCK)
     if sequence < num_seqs:
-        chunk = blocks_before(sequence, cu_seqlens_ptr, unit, 1 << 30, LANES=32)
+        chunk = blocks_before(sequence, cu_seqlens_ptr, unit, 1 << 30)
         chunk += number // ((unit + BLOCK - 1) // BLOCK)
         place = _place(chunks_ptr, chunk, head, NUM_KV_HEADS, DIM_PADDED, PADDED)
         lane = tl.arange(0, PADDED)
@@ -309,7 +322,7 @@ def _scores_kernel(
         if DIRECTION:
             units = tl.load(place + PADDED * (PADDED + 1) + tl.arange(0, DIM_PADDED))
         inverse_ptr += head.to(tl.int64) * num_tokens
-        if KEYS_LEFT:
+        if PROJECT:
             store_projected(
                 k_ptr, phi_ptr, inverse_ptr, leverage_ptr, direction_ptr, begin, end, head, mean, whitener, units,
                 NUM_KV_HEADS, DIM, DIM_PADDED, PADDED, KEY_TERMS, PHI_TERMS, DIRECTION, STEPS, ROWS, STAGES,
@@ -317,14 +330,11 @@ def _scores_kernel(
         else:
             store_scores(
                 k_ptr, phi_ptr, inverse_ptr, leverage_ptr, direction_ptr, begin, end, head, mean, whitener, units,
-                NUM_KV_HEADS, DIM, DIM_PADDED, COLUMNS, PADDED, KEY_TERMS, PHI_TERMS, DIRECTION, STEPS, PROJECT,
-                ROWS, STAGES,
+                NUM_KV_HEADS, DIM, DIM_PADDED, COLUMNS, PADDED, KEY_TERMS, PHI_TERMS, DIRECTION, STEPS, ROWS, STAGES,
             )  # fmt: skip
 
 
-def aot_signatures(
-    capability: tuple[int, int] = (9, 0),
-) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int, str]]:
+def aot_signatures(capability: tuple[int, int] = (9, 0)) -> Signatures:
     """Configurations for ahead-of-time compilation: (kernel, signature, constexprs, warps, stages, label)."""
     for dtype, dim, terms in (("bf16", 128, 1), ("bf16", 128, 3), ("fp16", 128, 1), ("bf16", 64, 1), ("bf16", 256, 1),
                               ("fp32", 128, 1)):  # fmt: skip
@@ -334,19 +344,21 @@ def aot_signatures(
 
 def signatures(
     capability: tuple[int, int], dtype: str, dim: int, terms: int, scores: dict[str, Any], label: str
-) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int, str]]:
+) -> Signatures:
     """`aot_signatures` of the kernels that take part in the given scores."""
     special = {"k_ptr": f"*{dtype}", "phi_ptr": "*bf16", "cu_seqlens_ptr": "*i32", "ridge": "fp32"}
     torch_type = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     config = default_leverage_config(capability, torch_type, dim, terms == 1)
-    shape = {"NUM_KV_HEADS": 8, "DIM": dim, "DIM_PADDED": dim, "BLOCK": config.block, "MERGED": _MERGED, **scores}
+    shape = {"NUM_KV_HEADS": 8, "DIM": dim, "DIM_PADDED": dim, "MERGED": _MERGED, **scores}
     shape |= {"KEY_TERMS": _KEY_TERMS[torch_type], "PHI_TERMS": terms, "STEPS": COSINE_STEPS}
-    shape |= {"ROWS": config.rows, "STAGES": config.num_stages, **config.scores(scores["COLUMNS"])}
-    for kernel, warps in ((_moments_kernel, config.num_warps), (_merge_kernel, 4), (_factor_kernel, 1),
-                          (_scores_kernel, config.num_warps)):  # fmt: skip
+    shape["PROJECT"] = config.project and scores["COLUMNS"] > 0
+    moments = config.moments.options(scores["PADDED"])
+    for kernel, options in ((_moments_kernel, moments), (_merge_kernel, {**moments, "num_warps": 4}),
+                            (_factor_kernel, {"num_warps": 1}),
+                            (_scores_kernel, config.scores.options(scores["PADDED"]))):  # fmt: skip
         if kernel is _factor_kernel and not scores["COLUMNS"]:
             continue
-        constants = {name: value for name, value in shape.items() if name in kernel.arg_names}
+        constants = {name: value for name, value in {**shape, **options}.items() if name in kernel.arg_names}
         names = [name for name in kernel.arg_names if name not in constants]
         signature = {name: special.get(name) or ("*fp32" if name.endswith("_ptr") else "i32") for name in names}
-        yield kernel, signature, constants, warps, 1, f"leverage {kernel.__name__} {label}"
+        yield kernel, signature, constants, options["num_warps"], 1, f"leverage {kernel.__name__} {label}"

@@ -35,23 +35,6 @@ def _split(x, TERM: tl.constexpr):
 
 
 @triton.jit
-def _dot_keys(a, k, acc, KEY_TERMS: tl.constexpr, TERM: tl.constexpr):
-    """acc + a @ kᵀ for a float32 `a` and keys that have KEY_TERMS terms."""
-    rest = k if KEY_TERMS == 1 else k.to(tl.float32)
-    for i in tl.static_range(KEY_TERMS):
-        term = rest.to(TERM)
-        left = a
-        for j in tl.static_range(3 - i):
-            left_term = left.to(TERM)
-            acc = tl.dot(left_term, tl.trans(term), acc)
-            if i + j < 2:
-                left -= left_term.to(tl.float32)
-        if i + 1 < KEY_TERMS:
-            rest -= term.to(tl.float32)
-    return acc
-
-
-@triton.jit
 def _load_sketch(phi_ptr, term, DIM_PADDED: tl.constexpr, PADDED: tl.constexpr):
     """A term of Φᵀ: [PADDED, DIM_PADDED]."""
     row = term * PADDED + tl.arange(0, PADDED)
@@ -90,14 +73,24 @@ def _sketch(
 
 
 @triton.jit
-def _add_gram(twice, x, TERM: tl.constexpr):
-    """twice + a matrix that with its transpose is 2 x xᵀ, for a float32 x."""
-    high, middle, low = _split(x, TERM)
+def _add_gram(twice, x, KEY_TERMS: tl.constexpr, TERM: tl.constexpr):
+    """twice + a matrix that with its transpose is 2 x xᵀ, for the float32 sketch x of keys.
+
+    Where a term holds a key, two hold enough of its sketch: 2^-17 of an element, where the key was rounded to 2^-9. All
+    their products are taken, so that the sum is still a Gram matrix.
+    """
+    if KEY_TERMS == 1:
+        high, known = _leading(x, TERM)
+        middle = (x - known).to(TERM)
+    else:
+        high, middle, low = _split(x, TERM)
     twice = tl.dot(high, tl.trans(high), twice)
     twice = tl.dot(middle, tl.trans(middle), twice)
     high = (high * 2.0).to(TERM)
     twice = tl.dot(high, tl.trans(middle), twice)
-    return tl.dot(high, tl.trans(low), twice)
+    if KEY_TERMS > 1:
+        twice = tl.dot(high, tl.trans(low), twice)
+    return twice
 
 
 @triton.jit
@@ -135,7 +128,8 @@ def block_moments(
             units += tl.sum(tl.reshape(wide * inverse[:, None], (ROWS // FOLD, FOLD, DIM_PADDED)), 0)
         if COLUMNS:
             x = _sketch(k, phi, phi_ptr, DIM_PADDED, PADDED, KEY_TERMS, PHI_TERMS)
-            twice = _add_gram(twice, x - mean[:, None] * (token < end).to(tl.float32)[None, :], TERM)
+            x -= mean[:, None] * (token < end).to(tl.float32)[None, :]
+            twice = _add_gram(twice, x, KEY_TERMS, TERM)
     gram = (twice + tl.trans(twice)) * 0.5
     if COLUMNS:
         real = column < COLUMNS
@@ -246,7 +240,8 @@ def store_projected(
     """Scores of tokens [begin, end) from the products of keys with one matrix: leverage ‖(W Φᵀ) k - W μ‖², and, from
     the last row of W Φᵀ, which it leaves unused, direction, minus the cosine with `units`.
 
-    Keys are the left operand here, so that a token's sums lie in one thread's registers but for two exchanges.
+    Keys are the left operand here, so that a token's sums lie in one thread's registers but for two exchanges. They are
+    taken from the last step to the first: what the pass before read last is still in the cache.
     """
     TERM: tl.constexpr = phi_ptr.dtype.element_ty
     last = tl.arange(0, PADDED) == PADDED - 1
@@ -256,7 +251,9 @@ def store_projected(
         anchor = units / tl.maximum(tl.sqrt(tl.sum(units * units, 0)), 1e-12)
         projection = tl.where(last[:, None], anchor[None, :], projection)
     high, middle, low = _split(projection, TERM)
-    for start in tl.range(begin, end, ROWS, num_stages=STAGES):
+    last_start = begin + (tl.maximum(end - begin, 1) - 1) // ROWS * ROWS
+    for back in tl.range(0, end - begin, ROWS, num_stages=STAGES):
+        start = last_start - back
         token = start + tl.arange(0, ROWS)
         place = token.to(tl.int64) * NUM_KV_HEADS + head
         rest = load_keys(k_ptr, start, end, head, NUM_KV_HEADS, DIM, DIM_PADDED, ROWS)
@@ -283,43 +280,24 @@ def store_scores(
     k_ptr, phi_ptr, inverse_ptr, leverage_ptr, direction_ptr, begin, end, head, mean, whitener, units,
     NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, COLUMNS: tl.constexpr,
     PADDED: tl.constexpr, KEY_TERMS: tl.constexpr, PHI_TERMS: tl.constexpr, DIRECTION: tl.constexpr,
-    STEPS: tl.constexpr, PROJECT: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+    STEPS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Scores of tokens [begin, end): with COLUMNS leverage ‖W (Φᵀ k - μ)‖², with DIRECTION minus cosines with `units`.
-
-    With PROJECT both come from the products of one matrix with keys, in fewer steps: leverage is ‖(W Φᵀ) k - W μ‖², and
-    the last row of W Φᵀ, which it leaves unused, is the direction of `units`.
-    """
-    TERM: tl.constexpr = phi_ptr.dtype.element_ty
+    """Scores of tokens [begin, end) without a projection: with COLUMNS leverage ‖W (Φᵀ k - μ)‖², with DIRECTION minus
+    cosines with `units`."""
     SPAN: tl.constexpr = 512
-    last = (tl.arange(0, PADDED) == PADDED - 1)[:, None]
     anchor = units / tl.maximum(tl.sqrt(tl.sum(units * units, 0)), 1e-12)
-    if PROJECT:
-        offset = tl.sum(whitener * mean[None, :], 1)
-        projection = _project(whitener, phi_ptr, DIM_PADDED, PADDED, PHI_TERMS)
-        if DIRECTION:
-            projection = tl.where(last, anchor[None, :], projection)
-    elif COLUMNS:
+    if COLUMNS:
         phi = _load_sketch(phi_ptr, 0, DIM_PADDED, PADDED)
     for start in tl.range(begin, end, ROWS, num_stages=STAGES):
         token = start + tl.arange(0, ROWS)
         place = token.to(tl.int64) * NUM_KV_HEADS + head
         k = load_keys(k_ptr, start, end, head, NUM_KV_HEADS, DIM, DIM_PADDED, ROWS)
-        z = tl.zeros((PADDED, ROWS), tl.float32)
-        if PROJECT:
-            z = _dot_keys(projection, k, z, KEY_TERMS, TERM)
-            x = tl.where(last, 0.0, z - offset[:, None])
-        elif COLUMNS:
-            x = _sketch(k, phi, phi_ptr, DIM_PADDED, PADDED, KEY_TERMS, PHI_TERMS) - mean[:, None]
-            x = tl.dot(whitener, x, z, input_precision="tf32x3")
         if COLUMNS:
+            x = _sketch(k, phi, phi_ptr, DIM_PADDED, PADDED, KEY_TERMS, PHI_TERMS) - mean[:, None]
+            x = tl.dot(whitener, x, tl.zeros((PADDED, ROWS), tl.float32), input_precision="tf32x3")
             tl.store(leverage_ptr + place, tl.sum(x * x, 0), mask=token < end)
         if DIRECTION:
-            if PROJECT:  # noqa: SIM108
-                product = tl.sum(tl.where(last, z, 0.0), 0)
-            else:
-                product = tl.sum(k.to(tl.float32) * anchor[None, :], 1)
-            tl.store(direction_ptr + place, product, mask=token < end)
+            tl.store(direction_ptr + place, tl.sum(k.to(tl.float32) * anchor[None, :], 1), mask=token < end)
     if DIRECTION:
         # Lengths and rounding come last, on numbers that every thread has some of: products leave copies in many.
         tl.debug_barrier()

@@ -13,7 +13,6 @@ Shape suffixes: T tokens of the call, B sequences, K KV heads, N pairs that are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ from compactor_vllm.compression.selection import score_order
 from compactor_vllm.distributed.group import KVHeads
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import check_tensor
+from compactor_vllm.utils.capability import Signatures
 
 _TILE = 2048  # pairs that a program looks at
 _SCAN = 2048  # tallies that it adds up at once
@@ -72,9 +72,9 @@ def select_tokens(
     if heads is not None and not per_head:
         return _select_shared(scores_TK, cu_seqlens_B1, keep_B, protected_T, floor_B, heads)
     kept_idx = torch.empty(total_pairs, dtype=torch.int32, device=device)
-    counts_BK = torch.zeros(num_seqs, num_kv_heads, dtype=torch.int32, device=device)
+    counts_BK = torch.empty(num_seqs, num_kv_heads, dtype=torch.int32, device=device)
     if total_pairs == 0:
-        return kept_idx, counts_BK
+        return kept_idx, counts_BK.zero_()
     search = _Search(scores_TK, cu_seqlens_B1, protected_T, num_seqs)
     floor = None
     if floor_B is not None and not per_head:
@@ -339,6 +339,11 @@ def _write_kernel(
         end = tl.load(cu_seqlens_ptr + sequence + 1)
         num_blocks = tl.maximum((end - first_token + BLOCK - 1) // BLOCK, 1)
         me = block - first_block
+        begin = first_token + me * BLOCK
+        own, own_valid = tile_keys(  # on its way while tallies are added up
+            scores_ptr, protected_ptr, floor_ptr, sequence, begin, end, first_head,
+            NUM_KV_HEADS, HEADS, HEADS_PADDED, BLOCK, HAS_FLOOR,
+        )  # fmt: skip
         cut, rest, total, before = scan_tallies(
             tallies_ptr, first_block, num_blocks, me, first_head, need, NUM_KV_HEADS, HEADS, HEADS_PADDED, SCAN
         )
@@ -350,14 +355,9 @@ def _write_kernel(
         partial = tl.sum((equal & (order_in_tile(equal) < rest)).to(tl.int32), 0)
         total += partial
         before += tl.where(cut < me, partial, 0)
-        begin = first_token + me * BLOCK
-        key, valid = tile_keys(
-            scores_ptr, protected_ptr, floor_ptr, sequence, begin, end, first_head,
-            NUM_KV_HEADS, HEADS, HEADS_PADDED, BLOCK, HAS_FLOOR,
-        )  # fmt: skip
-        equal = valid & (key == limit_key)
+        equal = own_valid & (own == limit_key)
         equal = equal & ((me < cut) | ((me == cut) & (order_in_tile(equal) < rest)))
-        kept = equal | (valid & (key > limit_key))
+        kept = equal | (own_valid & (own > limit_key))
         lane = tl.arange(0, HEADS_PADDED)
         pair = 0
         for start in range(0, sequence, 128):
@@ -373,7 +373,7 @@ def _write_kernel(
             tl.store(counts_ptr + sequence * NUM_KV_HEADS + first_head + lane, total, mask=lane < HEADS)
 
 
-def aot_signatures() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int, str]]:
+def aot_signatures(capability: tuple[int, int] = (9, 0)) -> Signatures:
     """Configurations for ahead-of-time compilation: (kernel, signature, constexprs, warps, stages, label)."""
     special = {"scores_ptr": "*fp32", "protected_ptr": "*i1"}
     for heads, num_kv_heads in ((8, 8), (1, 8), (4, 4), (2, 2)):

@@ -12,9 +12,7 @@ Shape suffixes: T tokens, B sequences, H query heads, K KV heads, D head dimensi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -25,7 +23,7 @@ from compactor_vllm.compression.kernel_blocks import blocks_before, locate_block
 from compactor_vllm.compression.reference import POOL_KINDS
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_tensor
-from compactor_vllm.utils.capability import capability_of
+from compactor_vllm.utils.capability import Signatures, capability_of
 
 _POOL_TILE = 2048
 _MERGE_BLOCKS = 32
@@ -298,9 +296,7 @@ def _pool_kernel(
         tl.store(out_ptr + place, scores, mask=(token < end)[:, None] & heads)
 
 
-def aot_signatures(
-    capability: tuple[int, int] = (9, 0),
-) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int, str]]:
+def aot_signatures(capability: tuple[int, int] = (9, 0)) -> Signatures:
     """Configurations for ahead-of-time compilation: (kernel, signature, constexprs, warps, stages, label)."""
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     integers = {"num_seqs", "window", "row_blocks", "reach"}

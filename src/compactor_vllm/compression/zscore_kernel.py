@@ -10,8 +10,8 @@ Shape suffixes: N terms, T tokens of the call, B sequences, K KV heads. Kernels 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -22,6 +22,7 @@ from compactor_vllm.compression.kernel_blocks import WHOLE, block_tokens, locate
 from compactor_vllm.compression.reference import MIN_STD, ZSCORE_DOMAINS
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import check_tensor
+from compactor_vllm.utils.capability import Signatures
 
 if TYPE_CHECKING:
     from compactor_vllm.distributed.group import KVHeads
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 # Left alone, ptxas spills a few bytes to fit one block more on a multiprocessor.
 COMPILE_OPTIONS = {"maxnreg": 255}
 _TILE = 2048
+_SCAN = 1024  # moments that a program adds up at once
 
 
 def standardize(
@@ -72,9 +74,8 @@ def standardize(
     grid = (max_blocks(num_tokens, num_seqs, block, unit),)
     constants = {"NUM_KV_HEADS": num_kv_heads, "HEADS_PADDED": padded, "TERMS": terms, "BLOCK": block}
     constants |= {"PER_HEAD": domain == "head", "HAS_COUNTED": counted_T is not None, "num_warps": 4, **COMPILE_OPTIONS}
-    moments = torch.empty(
-        grid[0], 6 if counted_T is not None else 3, terms * padded, dtype=torch.float64, device=x_NTK.device
-    )
+    lanes = terms * padded if domain == "head" else terms
+    moments = torch.empty(grid[0], 6 if counted_T is not None else 3, lanes, dtype=torch.float64, device=x_NTK.device)
     pooled_NTK = torch.empty_like(x_NTK) if pool_width > 1 else x_NTK
     common = (cu_seqlens_B1, moments, num_tokens, num_seqs, unit)
     if domain != "none" or pool_width > 1:
@@ -88,7 +89,7 @@ def standardize(
         pooled_NTK, out_TK, first if per_sequence else x_NTK, x_NTK if base_TK is None else base_TK, *common,
         1.0 if per_sequence else float(first), float(weights[-1]) if terms > 1 else 0.0, **constants,
         HAS_BASE=base_TK is not None, WEIGHT_PER_SEQUENCE=per_sequence, STANDARDIZE=domain != "none", MIN_STD=MIN_STD,
-        SCAN=64, RANKS=ranks,
+        SCAN=_SCAN // lanes, RANKS=ranks,
     )  # fmt: skip
     return out_TK
 
@@ -132,10 +133,15 @@ def _check(
 
 @triton.jit
 def _over_heads(x, TERMS: tl.constexpr, HEADS_PADDED: tl.constexpr, PER_HEAD: tl.constexpr):
-    """Sums of the lanes [TERMS * HEADS_PADDED] of a term, in each of its lanes; PER_HEAD: the lanes as they are."""
+    """Sums [TERMS] of the lanes [TERMS * HEADS_PADDED] of each term; PER_HEAD: the lanes as they are."""
+    return x if PER_HEAD else tl.sum(tl.reshape(x, (TERMS, HEADS_PADDED)), 1)
+
+
+@triton.jit
+def _to_heads(x, TERMS: tl.constexpr, HEADS_PADDED: tl.constexpr, PER_HEAD: tl.constexpr):
+    """What `_over_heads` gave, in each lane."""
     if not PER_HEAD:
-        sums = tl.sum(tl.reshape(x, (TERMS, HEADS_PADDED)), 1)
-        x = tl.reshape(tl.broadcast_to(sums[:, None], (TERMS, HEADS_PADDED)), (TERMS * HEADS_PADDED,))
+        x = tl.reshape(tl.broadcast_to(x[:, None], (TERMS, HEADS_PADDED)), (TERMS * HEADS_PADDED,))
     return x
 
 
@@ -148,11 +154,11 @@ def _store_moments(
     count = _over_heads(tl.sum(ones, 0), TERMS, HEADS_PADDED, PER_HEAD)
     some = tl.maximum(count, 1.0)
     centre = _over_heads(tl.sum(x * ones, 0), TERMS, HEADS_PADDED, PER_HEAD) / some
-    deviation = (x - centre[None, :]) * ones
+    deviation = (x - _to_heads(centre, TERMS, HEADS_PADDED, PER_HEAD)[None, :]) * ones
     rest = _over_heads(tl.sum(deviation, 0), TERMS, HEADS_PADDED, PER_HEAD).to(tl.float64) / some.to(tl.float64)
     spread = _over_heads(tl.sum(deviation * deviation, 0), TERMS, HEADS_PADDED, PER_HEAD).to(tl.float64)
-    lanes = TERMS * HEADS_PADDED
-    lane = tl.arange(0, TERMS * HEADS_PADDED)
+    lanes: tl.constexpr = TERMS * HEADS_PADDED if PER_HEAD else TERMS
+    lane = tl.arange(0, lanes)
     tl.store(target_ptr + lane, count.to(tl.float64))
     tl.store(target_ptr + lanes + lane, centre.to(tl.float64) + rest)
     tl.store(target_ptr + 2 * lanes + lane, tl.maximum(spread - count.to(tl.float64) * rest * rest, 0.0))
@@ -177,7 +183,7 @@ def _moments_kernel(
 ):  # fmt: skip
     """Pools a block and takes its moments: (count, mean, sum of squared deviations), of all and of counted tokens."""
     index = tl.program_id(0)
-    sequence, first_block = locate_block(index, cu_seqlens_ptr, num_seqs, unit, BLOCK, LANES=32)
+    sequence, first_block = locate_block(index, cu_seqlens_ptr, num_seqs, unit, BLOCK)
     if sequence < num_seqs:
         first_token = tl.load(cu_seqlens_ptr + sequence)
         last_token = tl.load(cu_seqlens_ptr + sequence + 1)
@@ -195,11 +201,12 @@ def _moments_kernel(
             tl.store(pooled_ptr + place, x, mask=valid)
         else:
             x = tl.load(x_ptr + place, mask=valid, other=0.0)
-        target = moments_ptr + index.to(tl.int64) * ((6 if HAS_COUNTED else 3) * TERMS * HEADS_PADDED)
+        lanes: tl.constexpr = TERMS * HEADS_PADDED if PER_HEAD else TERMS
+        target = moments_ptr + index.to(tl.int64) * ((6 if HAS_COUNTED else 3) * lanes)
         _store_moments(target, x, valid, TERMS, HEADS_PADDED, PER_HEAD)
         if HAS_COUNTED:
             counted = valid & tl.load(counted_ptr + token, mask=token < end, other=0).to(tl.int1)[:, None]
-            _store_moments(target + 3 * TERMS * HEADS_PADDED, x, counted, TERMS, HEADS_PADDED, PER_HEAD)
+            _store_moments(target + 3 * lanes, x, counted, TERMS, HEADS_PADDED, PER_HEAD)
 
 
 @triton.jit
@@ -241,8 +248,8 @@ def _apply_kernel(
 ):  # fmt: skip
     """base + Σ weight · (x - mean) / standard deviation of the block's domain."""
     index = tl.program_id(0)
-    LANES: tl.constexpr = TERMS * HEADS_PADDED
-    sequence, first_block = locate_block(index, cu_seqlens_ptr, num_seqs, unit, BLOCK, LANES=32)
+    LANES: tl.constexpr = TERMS * HEADS_PADDED if PER_HEAD else TERMS
+    sequence, first_block = locate_block(index, cu_seqlens_ptr, num_seqs, unit, BLOCK)
     if sequence < num_seqs:
         first_token = tl.load(cu_seqlens_ptr + sequence)
         length = tl.load(cu_seqlens_ptr + sequence + 1) - first_token
@@ -266,10 +273,13 @@ def _apply_kernel(
             # The mean in two parts, so that float32 takes it away exactly enough.
             high = mean.to(tl.float32)
             inverse = (1.0 / tl.maximum(tl.sqrt(variance), MIN_STD)).to(tl.float32)
-            y = ((y - high[None, :]) - (mean - high.to(tl.float64)).to(tl.float32)[None, :]) * inverse[None, :]
+            low = _to_heads((mean - high.to(tl.float64)).to(tl.float32), TERMS, HEADS_PADDED, PER_HEAD)
+            high = _to_heads(high, TERMS, HEADS_PADDED, PER_HEAD)
+            inverse = _to_heads(inverse, TERMS, HEADS_PADDED, PER_HEAD)
+            y = ((y - high[None, :]) - low[None, :]) * inverse[None, :]
         if WEIGHT_PER_SEQUENCE:
             weight = tl.load(weight_ptr + sequence)
-        y *= tl.where(tl.arange(0, LANES) < HEADS_PADDED, weight, weight_2)[None, :]
+        y *= tl.where(tl.arange(0, TERMS * HEADS_PADDED) < HEADS_PADDED, weight, weight_2)[None, :]
         y = tl.sum(tl.reshape(y, (BLOCK, TERMS, HEADS_PADDED)), 1)
         place, valid = _lane_places(token, end, num_tokens, NUM_KV_HEADS, HEADS_PADDED, 1)
         if HAS_BASE:
@@ -277,13 +287,13 @@ def _apply_kernel(
         tl.store(out_ptr + place, y, mask=valid)
 
 
-def aot_signatures() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int, str]]:
+def aot_signatures(capability: tuple[int, int] = (9, 0)) -> Signatures:
     """Configurations for ahead-of-time compilation: (kernel, signature, constexprs, warps, stages, label)."""
     special = {"cu_seqlens_ptr": "*i32", "counted_ptr": "*i1", "moments_ptr": "*fp64"}
     special |= {"weight": "fp32", "weight_2": "fp32"}
     for num_kv_heads in (8, 4, 2, 1):
         shape = {"NUM_KV_HEADS": num_kv_heads, "HEADS_PADDED": num_kv_heads, "PER_HEAD": False, "HAS_COUNTED": True}
-        apply = {"WEIGHT_PER_SEQUENCE": False, "STANDARDIZE": True, "MIN_STD": MIN_STD, "SCAN": 64, "RANKS": 1}
+        apply = {"WEIGHT_PER_SEQUENCE": False, "STANDARDIZE": True, "MIN_STD": MIN_STD, "RANKS": 1}
         runs = (
             (_moments_kernel, {"POOL": False, "TERMS": 2}, "before RoPE"),
             (_moments_kernel, {"POOL": True, "TERMS": 1}, "attention"),
@@ -293,6 +303,8 @@ def aot_signatures() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int,
         )
         for kernel, more, label in runs:
             constants = {**shape, **more, "BLOCK": _TILE // (num_kv_heads * more["TERMS"])}
+            if kernel is _apply_kernel:
+                constants["SCAN"] = _SCAN // more["TERMS"]
             names = [name for name in kernel.arg_names if name not in constants]
             signature = {name: special.get(name) or ("*fp32" if name.endswith("_ptr") else "i32") for name in names}
             yield kernel, signature, constants, 4, 1, f"{kernel.__name__} {label} K{num_kv_heads}"

@@ -10,15 +10,13 @@ Shape suffixes: R rows, C columns of a rank, N ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from compactor_vllm.utils.capability import Signatures
 from compactor_vllm.utils.dependent_launch import dependent_launch
 
 PROGRAMS = 64
@@ -302,9 +300,7 @@ def _joined(low, high, DTYPE: tl.constexpr):
     return word
 
 
-def aot_signatures(
-    capability: tuple[int, int],
-) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int, str]]:
+def aot_signatures(capability: tuple[int, int] = (9, 0)) -> Signatures:
     """Configurations to compile ahead of time, see `attention.compile_kernels`."""
     signature = {"part_ptr": "*i32", "out_ptr": "*i32", "table_ptr": "*i64", "epochs_ptr": "*i32"}
     signature |= {"quads": "i32", "row_quads": "i32", "limit": "i32"}

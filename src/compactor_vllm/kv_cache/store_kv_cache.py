@@ -9,7 +9,6 @@ N (token, head) pairs ordered by (sequence, head, rank).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import triton
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from compactor_vllm.kv_cache.checks import check_append, check_compact, check_store_all, check_store_selected
 from compactor_vllm.kv_cache.layer_cache import LayerCache
+from compactor_vllm.utils.capability import Signatures
 from compactor_vllm.utils.helpers import ceil_div, power_of_two
 
 _ROWS = 32  # rows that a store program copies: 16 KiB of K and V at D 128, enough loads in flight
@@ -377,7 +377,7 @@ def _block_pointers(
     return pointers, valid[:, None] & (dims < DIM)[None, :]
 
 
-def aot_signatures() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int, str]]:
+def aot_signatures(capability: tuple[int, int] = (9, 0)) -> Signatures:
     """Configurations for ahead-of-time compilation: (kernel, signature, constexprs, warps, stages, label)."""
     types = {"cu_seqlens_ptr": "*i32", "positions_ptr": "*i64", "scores_ptr": "*fp32", "meta_score_ptr": "*fp32"}
     for dtype, head_dim in (("bf16", 128), ("fp16", 128), ("bf16", 64)):

@@ -5,15 +5,13 @@ Shape suffixes: B sequences (segments), K KV heads, S segment slots.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from compactor_vllm.kv_cache.checks import check_assign_pages
 from compactor_vllm.kv_cache.layer_cache import LayerCache
+from compactor_vllm.utils.capability import Signatures
 from compactor_vllm.utils.helpers import power_of_two
 
 _PAGES_AT_ONCE = 512
@@ -92,7 +90,7 @@ def _assign_pages_kernel(
             tl.store(page_table_ptr + begin + index, tl.load(reserved_ptr + source + index, mask=valid), mask=valid)
 
 
-def aot_signatures() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int, str]]:
+def aot_signatures(capability: tuple[int, int] = (9, 0)) -> Signatures:
     """Configurations for ahead-of-time compilation: (kernel, signature, constexprs, warps, stages, label)."""
     pointers = {name: "*i32" for name in _assign_pages_kernel.arg_names[:9]}
     pointers.update(run_begin_ptr="*i64", reserved_begin_ptr="*i64")

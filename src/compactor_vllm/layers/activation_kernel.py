@@ -10,7 +10,6 @@ Shape suffixes: T rows (tokens), E hidden size, I inner size of the MLP, X = 2 *
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_kind, check_tensor
+from compactor_vllm.utils.capability import Signatures
 from compactor_vllm.utils.dependent_launch import dependent_launch
 from compactor_vllm.utils.helpers import ceil_div, power_of_two
 
@@ -171,9 +171,7 @@ def _rms_norm_kernel(
     tl.store(out_ptr + row * stride_out + column, result.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def aot_signatures(
-    capability: tuple[int, int],
-) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int, str]]:
+def aot_signatures(capability: tuple[int, int] = (9, 0)) -> Signatures:
     """Configurations for ahead-of-time compilation: (kernel, signature, constexprs, warps, stages, label)."""
     for dtype in ("bf16", "fp16", "fp32"):
         for block in (_BLOCK_FEW, _BLOCK_MANY):

@@ -13,7 +13,7 @@ Shape suffixes: T rows (tokens), I input features, O output features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import check_tensor
 from compactor_vllm.layers import pointwise
 from compactor_vllm.layers.activation_kernel import check_matrix, silu_and_mul
-from compactor_vllm.utils.capability import SMALL_SHARED_MEMORY, capability_of
+from compactor_vllm.utils.capability import SMALL_SHARED_MEMORY, Signatures, capability_of
 from compactor_vllm.utils.dependent_launch import MAX_ROWS, dependent_launch
 from compactor_vllm.utils.helpers import ceil_div
 
@@ -208,9 +208,7 @@ def _load(pointers, inside, WHOLE: tl.constexpr):
     return tl.load(pointers) if WHOLE else tl.load(pointers, mask=inside, other=0.0)
 
 
-def aot_signatures(
-    capability: tuple[int, int],
-) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int, str]]:
+def aot_signatures(capability: tuple[int, int] = (9, 0)) -> Signatures:
     """Configurations for ahead-of-time compilation: (kernel, signature, constexprs, warps, stages, label)."""
     shapes = ((4096, 4096, False), (6144, 4096, False), (4096, 12288, False), (12288, 4096, True), (32768, 4100, False))
     for dtype in ("bf16", "fp16"):

@@ -16,7 +16,6 @@ Shape suffixes: T rows (tokens), I input features, O output features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import triton
@@ -28,7 +27,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from compactor_vllm.attention.hopper_ring import warps_barrier
 from compactor_vllm.attention.hopper_support import TESTED_TRITON
-from compactor_vllm.utils.capability import capability_of, multiprocessors
+from compactor_vllm.utils.capability import Signatures, capability_of, multiprocessors
 from compactor_vllm.utils.dependent_launch import MAX_ROWS, dependent_launch
 from compactor_vllm.utils.helpers import ceil_div
 
@@ -228,9 +227,7 @@ def _copy(stage, at, inside, i, SIZE: gl.constexpr):
     async_copy.async_copy_global_to_shared(stage, at, inside)
 
 
-def aot_signatures(
-    capability: tuple[int, int],
-) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int, str]]:
+def aot_signatures(capability: tuple[int, int] = (9, 0)) -> Signatures:
     """Configurations for ahead-of-time compilation: (kernel, signature, constexprs, warps, stages, label)."""
     shapes = ((4096, 4096, False), (6144, 4096, False), (12288, 4096, True), (1024, 4104, False))
     for dtype in ("bf16", "fp16") if capability in _CAPABILITIES else ():

@@ -10,9 +10,6 @@ dimension, F = D / 2 frequencies, P positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -24,6 +21,7 @@ from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_tensor
 from compactor_vllm.kv_cache.layer_cache import LayerCache
 from compactor_vllm.layers.activation_kernel import check_eps, check_matrix
 from compactor_vllm.layers.qkv_math import load_halves, normalise, rotate, split_heads, store_halves
+from compactor_vllm.utils.capability import Signatures
 from compactor_vllm.utils.dependent_launch import dependent_launch
 from compactor_vllm.utils.helpers import ceil_div, power_of_two
 
@@ -332,9 +330,7 @@ def _split_append_kernel(
         tl.store(seg_lens_ptr + slot * stride_lens + head, rank + 1, mask=valid)
 
 
-def aot_signatures(
-    capability: tuple[int, int],
-) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int, str]]:
+def aot_signatures(capability: tuple[int, int] = (9, 0)) -> Signatures:
     """Configurations for ahead-of-time compilation: (kernel, signature, constexprs, warps, stages, label)."""
     special = dict.fromkeys(("slots_ptr", "meta_pos_ptr", "page_table_ptr", "head_begin_ptr", "seg_lens_ptr"), "*i32")
     special |= dict.fromkeys(("cos_ptr", "sin_ptr", "meta_score_ptr"), "*fp32")

@@ -12,7 +12,6 @@ Shape suffixes: B rows (sequences), X columns of a step's inputs, G segments of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_tensor
 from compactor_vllm.layers import step
 from compactor_vllm.layers.activation_kernel import check_matrix
+from compactor_vllm.utils.capability import Signatures
 from compactor_vllm.utils.helpers import ceil_div, power_of_two
 
 _ROWS = 32  # of a program of `step_inputs`, which is one warp
@@ -176,7 +176,7 @@ def _largest_of_rows_kernel(keys_ptr, greedy_ptr, drawn_ptr, rows, chunks, BLOCK
     tl.store(drawn_ptr + row, token)
 
 
-def aot_signatures() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int, str]]:
+def aot_signatures(capability: tuple[int, int] = (9, 0)) -> Signatures:
     """Configurations for ahead-of-time compilation: (kernel, signature, constexprs, warps, stages, label)."""
     wide = dict.fromkeys(("drawn_ptr", "ids_ptr", "positions_ptr", "keys_ptr", "greedy_ptr"), "*i64")
     narrow = dict.fromkeys(("inputs_ptr", "slots_ptr", "segments_ptr"), "*i32")
