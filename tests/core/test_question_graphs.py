@@ -85,6 +85,13 @@ def assert_equal(got, want, tolerance=1e-5):
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+def without_answers(held, questions):
+    """What segments, as `ask` tells them of questions behind a context, hold but for rows that answers added."""
+    for number, (lens_LK, pages, rows) in enumerate(held):
+        question, own = divmod(number, 2)
+        yield lens_LK, pages, [x[: len(questions[question])] for x in rows] if own else rows
+
+
 def compare(engines, asked, ratio=None, nested=False):
     """Asks lists of questions, one list after the other, of both engines, behind a context if there is a ratio."""
     results = []
@@ -235,7 +242,8 @@ def test_common_shapes_are_captured_before_they_come(engines, replayed):
 
 @pytest.mark.gpu
 def test_bfloat16_in_pages_that_are_copied_in_bulk(make_llm):
-    """The engine's own graphs; rounding differs where a shape has more rows than the question."""
+    """The engine's own graphs; rounding differs where a shape has more rows than the question, so a first token that
+    all but ties with another, and the row that it adds, may be another one."""
     options = {"device": "cuda", "dtype": "bfloat16", "kvcache_page_size": 128, "kv_cache_memory_bytes": 64 * 2**20}
     with make_llm(enforce_eager=True, **options) as eager, make_llm(**options) as captured:
         assert eager._engine.runner.questions is None
@@ -249,5 +257,6 @@ def test_bfloat16_in_pages_that_are_copied_in_bulk(make_llm):
                 lens = [(9,), (100,), (256,), (50, 60), (50, 61), (49, 62)]
                 asked = [[rng.integers(0, 256, n).tolist() for n in row] for row in lens]
                 results.append([ask(llm, questions, context, once)[1] for questions in asked])
-        for got, want in zip(*results, strict=True):
+        for questions, *both in zip(asked, *results, strict=True):
+            got, want = ([*without_answers(held, questions)] for held in both)
             assert_equal((None, got), (None, want), tolerance=0.1)  # values of about 3, rounded in every layer
