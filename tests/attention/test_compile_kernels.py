@@ -57,7 +57,8 @@ def test_signatures_name_every_argument_once(name: str) -> None:
     for arch in ARCHITECTURES:
         for kernel, signature, constants, num_warps, num_stages, label in signatures(divmod(arch, 10)):
             assert not set(signature) & set(constants), label
-            assert set(signature) | set(constants) == set(kernel.arg_names), label
+            options = set(constants) - set(kernel.arg_names)
+            assert set(signature) | set(constants) == set(kernel.arg_names) | options and options <= {"maxnreg"}, label
             assert num_warps >= 1 and num_stages >= 1 and all(isinstance(t, str) for t in signature.values())
             labels.append((arch, label))
     assert labels and len(labels) == len(set(labels))
@@ -131,8 +132,8 @@ def test_other_versions_of_triton_compile_the_same(version: str, tmp_path: Path)
         env=environment, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert found.stdout.strip() == version
-    command = [sys.executable, "-m", "compactor_vllm.attention.compile_kernels", "--arch", "80", "90"]
+    command = [sys.executable, "-m", "compactor_vllm.attention.compile_kernels"]
     result = subprocess.run(
-        [*command, "--kernel", "bf16 D128|select|zscore|K8"], env=environment, capture_output=True, text=True
+        [*command, "--kernel", "bf16 D128|decode|select|zscore|K8"], env=environment, capture_output=True, text=True
     )
     assert result.returncode == 0, "\n".join(line for line in result.stdout.splitlines() if not line.endswith("ok"))

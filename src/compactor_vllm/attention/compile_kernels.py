@@ -5,8 +5,8 @@ kernel and architecture: registers, stack bytes (spills), shared memory against 
 one of them does not compile, spills, does not fit, or lets Hopper's asynchronous products run one after another.
 
 A kernel module takes part by a function `aot_signatures(capability)` that yields its default configurations as (kernel,
-signature, constexprs, num_warps, num_stages, label), and by its line in `KERNEL_MODULES`.
-A module's `COMPILE_OPTIONS`, if any, hold for all of its kernels.
+signature, constants, num_warps, num_stages, label), and by its line in `KERNEL_MODULES`. Constants that are no argument
+of the kernel, such as maxnreg, are options of the compiler, as they are in a launch.
 
 Compiling needs kernels that were imported without Triton's interpreter, so it happens in processes of its own.
 """
@@ -188,11 +188,11 @@ def _compile_here(arch: int, pattern: str) -> Iterator[CompileReport]:
         if importlib.util.find_spec(name) is None:
             continue
         module = importlib.import_module(name)
-        extra = getattr(module, "COMPILE_OPTIONS", {})
         for kernel, signature, constants, num_warps, num_stages, label in module.aot_signatures(divmod(arch, 10)):
             if re.search(pattern, label):
                 start = time.monotonic()
-                options = {"num_warps": num_warps, "num_stages": num_stages, **extra}
+                options = {"num_warps": num_warps, "num_stages": num_stages}
+                options |= {name: constants.pop(name) for name in constants.keys() - set(kernel.arg_names)}
                 try:
                     facts = _facts(_compile(arch, kernel, signature, constants, options), arch)
                 except Exception as error:

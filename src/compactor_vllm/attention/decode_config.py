@@ -21,6 +21,8 @@ class TileConfig:
         block_n: KV tokens of a tile; lowered where it does not divide the page.
         num_warps, num_stages: of a program.
         programs_per_sm: persistent programs per multiprocessor.
+        registers: that a thread may have; None: the compiler decides, and spills a few bytes of some tiles to fit one
+            program more on a multiprocessor.
         unit: tokens per unit of cost; shares are cut at units. Where `block_n` divides it, tiles are cut whole.
         overhead: units that beginning a piece of work costs, besides its tokens.
         min_share: least units of a share, so that small caches are not cut into crumbs.
@@ -31,6 +33,7 @@ class TileConfig:
     num_warps: int
     num_stages: int
     programs_per_sm: int
+    registers: int | None = None
     unit: int = 16
     overhead: int = 4
     min_share: int = 8
@@ -83,11 +86,15 @@ def default_decode_config(capability: tuple[int, int], dtype: torch.dtype, head_
     block_n = max(16, min(64, (16384 if roomy else 8192) // (padded * dtype.itemsize)))
     # Two programs of sm_90's 227 KiB hold three tiles of K and V in flight, beside the one in use.
     stages = 4 if roomy and capability >= (9, 0) else 3
-    small = TileConfig(block_m=16, block_n=block_n, num_warps=4, num_stages=stages, programs_per_sm=2, overhead=12)
+    registers = 255 if not roomy or (capability >= (9, 0) and padded == 64) else None
+    small = TileConfig(
+        block_m=16, block_n=block_n, num_warps=4, num_stages=stages, programs_per_sm=2, registers=registers, overhead=12
+    )
     if dtype == torch.float32:
         # IEEE products run without tensor cores, their operands in registers.
-        small = replace(small, block_n=16, num_stages=2, programs_per_sm=4)
-        return DecodeConfig(small=small, big=replace(small, block_m=32, programs_per_sm=2, unit=64))
+        registers = 104 if capability == (9, 0) else None
+        small = replace(small, block_n=16, num_stages=2, programs_per_sm=4, registers=registers)
+        return DecodeConfig(small=small, big=replace(small, block_m=32, programs_per_sm=2, registers=None, unit=64))
     big = _big_tiles(capability, padded, block_n, 3 if roomy else 2)
     return DecodeConfig(
         small=small, big=big, lane_pages=128 if capability == (9, 0) and head_dim in (64, 128) else None
@@ -98,7 +105,9 @@ def _big_tiles(capability: tuple[int, int], padded: int, block_n: int, num_stage
     """Tiles of shared segments in 2-byte types, as large as registers allow."""
     big = TileConfig(block_m=64, block_n=block_n, num_warps=8, num_stages=num_stages, programs_per_sm=1)
     if capability[0] == 10:
-        return big if padded <= 128 else replace(big, block_m=32, num_warps=4)
+        if padded > 128:
+            return replace(big, block_m=32, num_warps=4)
+        return replace(big, registers=255) if padded == 64 else big
     if padded > 128:
         return big
     if capability[0] != 9:

@@ -223,6 +223,7 @@ def _attend_constants(
         "OVERHEAD": tiles.overhead,
         "PAGE_BY_ROW": by_row,
         "SCAN": 1024,
+        **({} if tiles.registers is None else {"maxnreg": tiles.registers}),
     }
 
 
@@ -260,9 +261,7 @@ def _merge_constants(
 def aot_signatures(capability: tuple[int, int] = (9, 0)) -> Signatures:
     """Default configurations of a card, for ahead-of-time compilation.
 
-    Yields:
-        (kernel, signature, constexprs, num_warps, num_stages, label). Pointers and the page strides are divisible
-        by 16 in practice.
+    Pointers and the page strides are divisible by 16 in practice.
     """
     constants = {"EXTRA": 1, "KV_HEADS": 8, "GROUP": 4, "SEGMENTS": 8, "SHARED": True, "HAS_BIG": True}
     constants["LANES"] = True
