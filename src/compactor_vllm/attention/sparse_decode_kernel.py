@@ -34,7 +34,7 @@ from compactor_vllm.attention.decode_plan_kernel import (
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_tensor
 from compactor_vllm.kv_cache.layer_cache import LayerCache
-from compactor_vllm.utils.capability import Signatures
+from compactor_vllm.utils.capability import Signatures, register_limit
 from compactor_vllm.utils.dependent_launch import dependent_launch
 
 __all__ = ["DecodePlan", "aot_signatures", "decode_attention", "plan_decode"]
@@ -223,7 +223,7 @@ def _attend_constants(
         "OVERHEAD": tiles.overhead,
         "PAGE_BY_ROW": by_row,
         "SCAN": 1024,
-        **({} if tiles.registers is None else {"maxnreg": tiles.registers}),
+        **register_limit(tiles.registers),
     }
 
 

@@ -24,15 +24,13 @@ from compactor_vllm.attention.prefill_config import (
 from compactor_vllm.attention.prefill_kernel import merge_kernel, prefill_kernel
 from compactor_vllm.attention.ragged_prefix import RaggedPrefix
 from compactor_vllm.errors import InvalidInputError
-from compactor_vllm.utils.capability import Signatures, capability_of, multiprocessors
+from compactor_vllm.utils.capability import Signatures, capability_of, multiprocessors, register_limit
 from compactor_vllm.utils.helpers import ceil_div
 
 __all__ = ["aot_signatures", "prefill_attention"]
 
 _LOG2_E = 1.4426950408889634
 _MERGE_ROWS = 16
-# Left alone, ptxas spills a few bytes to fit one block more on a multiprocessor.
-_REGISTERS = {"maxnreg": 255}
 _PREFIX_POINTERS = (
     "k_pages_ptr",
     "v_pages_ptr",
@@ -174,7 +172,7 @@ def _launch(
         log_splits=splits.bit_length() - 1, qk_scale=scale * _LOG2_E,
         NUM_KV_HEADS=K, GROUP=H // K, D=D, BLOCK_D=block[2], BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         PAGE_SIZE=page_size, HAS_LSE=lse_STH is not None, TMA=tma, IEEE=q_THD.dtype == torch.float32,
-        num_warps=config.num_warps, num_stages=config.num_stages, **_REGISTERS,
+        num_warps=config.num_warps, num_stages=config.num_stages, **register_limit(),
         **_prefix_arguments(prefix), **descriptors,
     )  # fmt: skip
 
@@ -215,7 +213,7 @@ def aot_signatures(capability: tuple[int, int] = (9, 0)) -> Signatures:
                     config = default_prefill_config(capability, dtype, head_dim, page_size)
                     suffix = "" if page_size is None else f" page {page_size}"
                     yield (*_aot(name, dtype, head_dim, page_size, config), f"prefill {name} D{head_dim}{suffix}")
-    constants = {"D": 128, "BLOCK_D": 128, "BLOCK_M": _MERGE_ROWS, "HAS_LSE": True, **_REGISTERS}
+    constants = {"D": 128, "BLOCK_D": 128, "BLOCK_M": _MERGE_ROWS, "HAS_LSE": True, **register_limit()}
     types = {"parts_ptr": "*fp32", "part_lse_ptr": "*fp32", "lse_ptr": "*fp32", "out_ptr": "*bf16", "cu_q_ptr": "*i32"}
     signature = {n: types.get(n, "i32") for n in merge_kernel.arg_names if n not in constants}
     yield merge_kernel, signature, constants, 4, 1, "prefill merge bf16 D128"
@@ -228,7 +226,7 @@ def _aot(
     constants: dict[str, Any] = dict(
         NUM_KV_HEADS=8, GROUP=4, D=head_dim, BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         PAGE_SIZE=page_size or 0, HAS_LSE=False, TMA=config.tma, IEEE=dtype == torch.float32, lse_ptr=None,
-        **_REGISTERS,
+        **register_limit(),
     )  # fmt: skip
     if page_size is None:
         constants |= dict.fromkeys(_PREFIX_POINTERS)

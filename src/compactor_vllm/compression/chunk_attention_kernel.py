@@ -27,10 +27,8 @@ from compactor_vllm.compression.kernel_blocks import WHOLE, block_tokens, locate
 from compactor_vllm.compression.reference import GROUP_REDUCTIONS
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_tensor
-from compactor_vllm.utils.capability import Signatures, capability_of
+from compactor_vllm.utils.capability import Signatures, capability_of, register_limit
 
-# Left alone, ptxas spills a few bytes to fit one block more on a multiprocessor.
-_REGISTERS = {"maxnreg": 255}
 _FOLD: tl.constexpr = tl.constexpr(8)  # of neighbouring rows of a tile of logits every eighth lies in one thread
 
 
@@ -132,7 +130,7 @@ def chunk_attention_scores(
         REDUCTION=reduction,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **_REGISTERS,
+        **register_limit(),
     )
     return out_TK
 
@@ -290,7 +288,7 @@ def aot_signatures(capability: tuple[int, int] = (9, 0)) -> Signatures:
         signature = {"q_ptr": f"*{dtype}", "k_ptr": f"*{dtype}", "v_ptr": f"*{dtype}"}
         signature |= {"cu_seqlens_ptr": "*i32", "out_ptr": "*fp32", "num_seqs": "i32", "chunk": "i32", "scale": "fp32"}
         constants: dict[str, Any] = {"NUM_KV_HEADS": 8, "GROUP": 4, "DIM": dim, "DIM_PADDED": dim, "V_DIM": dim}
-        constants |= _REGISTERS
+        constants |= register_limit()
         constants |= {
             "REDUCTION": "sum",
             "QUERIES": config.queries,

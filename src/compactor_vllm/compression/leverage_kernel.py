@@ -27,7 +27,7 @@ from compactor_vllm.compression.leverage_math import block_moments, store_projec
 from compactor_vllm.compression.reference import COSINE_STEPS
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_tensor
-from compactor_vllm.utils.capability import Signatures, capability_of
+from compactor_vllm.utils.capability import Signatures, capability_of, register_limit
 
 MAX_COLUMNS = 127
 _SLICES = tl.constexpr(16)  # programs that merge a chunk
@@ -133,17 +133,20 @@ class PassConfig:
         num_stages: steps that loads run ahead.
         num_warps: of a program, for every 64 columns of the sketch.
         block: tokens of a program, a multiple of `rows`.
+        registers: that a thread may have; None: the compiler decides.
     """
 
     rows: int
     num_stages: int
     num_warps: int = 4
     block: int = 1024
+    registers: int | None = None
 
     def options(self, padded: int) -> dict[str, int]:
         """Of a launch for so many padded columns."""
         warps = self.num_warps * max(1, padded // 64)
-        return {"ROWS": self.rows, "BLOCK": self.block, "STAGES": self.num_stages, "num_warps": warps}
+        shape = {"ROWS": self.rows, "BLOCK": self.block, "STAGES": self.num_stages}
+        return {**shape, "num_warps": warps, **register_limit(self.registers)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +169,8 @@ def default_leverage_config(
     """The configuration for a card ((0, 0) is the interpreter), keys' type, head dimension and kind of sketch."""
     small = dim <= 128 and dtype.itemsize == 2
     if capability[0] in (9, 10) and small:
-        passes = PassConfig(rows=64, num_stages=3 if capability[0] == 9 else 1)
+        hopper = capability[0] == 9
+        passes = PassConfig(rows=64, num_stages=3 if hopper else 1, registers=None if hopper else 255)
         return LeverageConfig(moments=passes, scores=passes, project=True)
     # Steps of 32 tokens overflow the registers where both scores are taken from wide heads, or from more than one term.
     short = dim > 128 if capability[0] == 10 else dtype != torch.bfloat16 and capability[0] != 9
@@ -352,8 +356,8 @@ def signatures(
     shape = {"NUM_KV_HEADS": 8, "DIM": dim, "DIM_PADDED": dim, "MERGED": _MERGED, **scores}
     shape |= {"KEY_TERMS": _KEY_TERMS[torch_type], "PHI_TERMS": terms, "STEPS": COSINE_STEPS}
     shape["PROJECT"] = config.project and scores["COLUMNS"] > 0
-    moments = config.moments.options(scores["PADDED"])
-    for kernel, options in ((_moments_kernel, moments), (_merge_kernel, {**moments, "num_warps": 4}),
+    for kernel, options in ((_moments_kernel, config.moments.options(scores["PADDED"])),
+                            (_merge_kernel, {"BLOCK": config.moments.block, "num_warps": 4}),
                             (_factor_kernel, {"num_warps": 1}),
                             (_scores_kernel, config.scores.options(scores["PADDED"]))):  # fmt: skip
         if kernel is _factor_kernel and not scores["COLUMNS"]:
@@ -361,4 +365,5 @@ def signatures(
         constants = {name: value for name, value in {**shape, **options}.items() if name in kernel.arg_names}
         names = [name for name in kernel.arg_names if name not in constants]
         signature = {name: special.get(name) or ("*fp32" if name.endswith("_ptr") else "i32") for name in names}
+        constants |= register_limit(options.get("maxnreg"))
         yield kernel, signature, constants, options["num_warps"], 1, f"leverage {kernel.__name__} {label}"

@@ -34,7 +34,7 @@ from compactor_vllm.compression.selection import score_order
 from compactor_vllm.distributed.group import KVHeads
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import check_tensor
-from compactor_vllm.utils.capability import Signatures
+from compactor_vllm.utils.capability import Signatures, capability_of, register_limit
 
 _TILE = 2048  # pairs that a program looks at
 _SCAN = 2048  # tallies that it adds up at once
@@ -155,6 +155,7 @@ class _Search:
             "HEADS_PADDED": padded,
             "BLOCK": block,
             "HAS_FLOOR": floor is not None,
+            **register_limit(255 if capability_of(self.device)[0] == 8 else None),
         }
         floor = self.limits if floor is None else floor
         common = (*self.inputs, floor, keep_B, self.histograms, limits, self.num_seqs, groups)
@@ -380,6 +381,7 @@ def aot_signatures(capability: tuple[int, int] = (9, 0)) -> Signatures:
         padded = triton.next_power_of_2(heads)
         block = max(16, _TILE // padded)
         shape = {"NUM_KV_HEADS": num_kv_heads, "HEADS": heads, "HEADS_PADDED": padded, "BLOCK": block}
+        shape |= register_limit(255 if capability[0] == 8 else None)
         runs: list[tuple[Any, dict[str, Any]]] = [
             (_histogram_kernel, {**shape, "HAS_FLOOR": False, "DIGIT": digit}) for digit in range(3)
         ]

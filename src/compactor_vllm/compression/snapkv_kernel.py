@@ -23,7 +23,7 @@ from compactor_vllm.compression.kernel_blocks import blocks_before, locate_block
 from compactor_vllm.compression.reference import POOL_KINDS
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import FLOAT_TYPES, check_tensor
-from compactor_vllm.utils.capability import Signatures, capability_of
+from compactor_vllm.utils.capability import Signatures, capability_of, register_limit
 
 _POOL_TILE = 2048
 _MERGE_BLOCKS = 32
@@ -31,11 +31,12 @@ _MERGE_BLOCKS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class WindowConfig:
-    """Keys of a block, rows of a tile of logits, warps."""
+    """Keys of a block, rows of a tile of logits, warps, registers of a thread (None: the compiler decides)."""
 
     keys: int
     rows: int
     num_warps: int
+    registers: int | None = None
 
 
 def default_window_config(capability: tuple[int, int], dtype: torch.dtype, dim: int, num_rows: int) -> WindowConfig:
@@ -44,7 +45,7 @@ def default_window_config(capability: tuple[int, int], dtype: torch.dtype, dim: 
     keys = 128 if row_bytes <= 256 else 64 if dtype.itemsize == 2 else 32
     most_rows = 64 if dtype.itemsize == 2 and capability[0] in (0, 9, 10) else 32
     rows = min(max(16, triton.next_power_of_2(num_rows)), most_rows)
-    return WindowConfig(keys=keys, rows=rows, num_warps=4)
+    return WindowConfig(keys=keys, rows=rows, num_warps=4, registers=255 if capability[0] == 12 else None)
 
 
 def window_scores(
@@ -99,7 +100,7 @@ def window_scores(
     }
     inputs = (q_THD, k_TKD, cu_seqlens_B1)
     numbers = (num_seqs, window, row_blocks, max(scale, 1e-30) * math.log2(math.e))
-    options = {"num_warps": config.num_warps, "num_stages": 2}
+    options = {"num_warps": config.num_warps, "num_stages": 2, **register_limit(config.registers)}
     _row_sums_kernel[(blocks * num_kv_heads,)](*inputs, parts, *numbers, **shape, **options)
     _merge_kernel[(num_seqs, num_kv_heads, row_blocks)](
         cu_seqlens_B1, parts, normalizers, window, row_blocks,
@@ -313,5 +314,7 @@ def aot_signatures(capability: tuple[int, int] = (9, 0)) -> Signatures:
                 for name in kernel.arg_names
                 if name not in constants
             }
-            stages = 2 if "DIM" in constants else 1
+            stages = 1
+            if "DIM" in constants:
+                stages, constants = 2, {**constants, **register_limit(config.registers)}
             yield kernel, signature, constants, config.num_warps, stages, f"window {kernel.__name__} {dtype} D{dim}"

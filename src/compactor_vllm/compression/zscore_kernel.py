@@ -22,13 +22,11 @@ from compactor_vllm.compression.kernel_blocks import WHOLE, block_tokens, locate
 from compactor_vllm.compression.reference import MIN_STD, ZSCORE_DOMAINS
 from compactor_vllm.errors import InvalidInputError
 from compactor_vllm.kv_cache.checks import check_tensor
-from compactor_vllm.utils.capability import Signatures
+from compactor_vllm.utils.capability import Signatures, register_limit
 
 if TYPE_CHECKING:
     from compactor_vllm.distributed.group import KVHeads
 
-# Left alone, ptxas spills a few bytes to fit one block more on a multiprocessor.
-_REGISTERS = {"maxnreg": 255}
 _TILE = 2048
 _SCAN = 1024  # moments that a program adds up at once
 
@@ -73,7 +71,12 @@ def standardize(
     block = max(16, min(_TILE // (padded * terms), triton.next_power_of_2(unit)))
     grid = (max_blocks(num_tokens, num_seqs, block, unit),)
     constants = {"NUM_KV_HEADS": num_kv_heads, "HEADS_PADDED": padded, "TERMS": terms, "BLOCK": block}
-    constants |= {"PER_HEAD": domain == "head", "HAS_COUNTED": counted_T is not None, "num_warps": 4, **_REGISTERS}
+    constants |= {
+        "PER_HEAD": domain == "head",
+        "HAS_COUNTED": counted_T is not None,
+        "num_warps": 4,
+        **register_limit(),
+    }
     lanes = terms * padded if domain == "head" else terms
     moments = torch.empty(grid[0], 6 if counted_T is not None else 3, lanes, dtype=torch.float64, device=x_NTK.device)
     pooled_NTK = torch.empty_like(x_NTK) if pool_width > 1 else x_NTK
@@ -302,7 +305,7 @@ def aot_signatures(capability: tuple[int, int] = (9, 0)) -> Signatures:
             (_apply_kernel, {**apply, "HAS_BASE": False, "TERMS": 2, "RANKS": 2}, "two ranks"),
         )
         for kernel, more, label in runs:
-            constants = {**shape, **more, **_REGISTERS, "BLOCK": _TILE // (num_kv_heads * more["TERMS"])}
+            constants = {**shape, **more, **register_limit(), "BLOCK": _TILE // (num_kv_heads * more["TERMS"])}
             if kernel is _apply_kernel:
                 constants["SCAN"] = _SCAN // more["TERMS"]
             names = [name for name in kernel.arg_names if name not in constants]

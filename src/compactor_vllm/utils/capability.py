@@ -19,6 +19,14 @@ SMALL_SHARED_MEMORY = ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1))
 _INTERPRETER_MULTIPROCESSORS = 3
 
 
+def register_limit(most: int | None = 255) -> dict[str, int]:
+    """Option of a launch whose threads may have so many registers (255 is all a card has); None: ptxas decides.
+
+    Left alone, ptxas spills a few bytes of some kernels to fit one block more on a multiprocessor.
+    """
+    return {} if most is None else {"maxnreg": most}
+
+
 @lru_cache
 def capability_of(device: torch.device) -> tuple[int, int]:
     """Compute capability of a device; (0, 0) for the interpreter on a CPU."""
