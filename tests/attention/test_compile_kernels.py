@@ -119,7 +119,7 @@ def test_everything_compiles_without_spills_and_fits(arch: int) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("version", ["3.6.0", "3.7.1"])
-def test_other_versions_of_triton_compile_the_same(version: str, tmp_path: Path) -> None:
+def test_everything_compiles_with_other_versions_of_triton(version: str, tmp_path: Path) -> None:
     """What GPU machines with torch 2.11 and 2.13 bring, whichever of them is installed here."""
     if importlib.metadata.version("triton").startswith(version):
         pytest.skip(f"triton {version} is installed; the test above compiles with it")
@@ -133,7 +133,5 @@ def test_other_versions_of_triton_compile_the_same(version: str, tmp_path: Path)
     )  # fmt: skip
     assert found.stdout.strip() == version
     command = [sys.executable, "-m", "compactor_vllm.attention.compile_kernels"]
-    result = subprocess.run(
-        [*command, "--kernel", "bf16 D128|decode|heads|K8"], env=environment, capture_output=True, text=True
-    )
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, "\n".join(line for line in result.stdout.splitlines() if not line.endswith("ok"))
