@@ -5,8 +5,9 @@ kernel and architecture: registers, stack bytes (spills), shared memory against 
 one of them does not compile, spills, does not fit, or lets Hopper's asynchronous products run one after another.
 
 A kernel module takes part by a function `aot_signatures(capability)` that yields its default configurations as (kernel,
-signature, constants, num_warps, num_stages, label), and by its line in `KERNEL_MODULES`. Constants that are no argument
-of the kernel, such as maxnreg, are options of the compiler, as they are in a launch.
+signature, constants, num_warps, num_stages, label), and by its line in `KERNEL_MODULES`. They are those of its
+launches: num_stages is None where a launch says nothing of them, and constants that are no argument of the kernel, such
+as maxnreg, are options of the compiler.
 
 Compiling needs kernels that were imported without Triton's interpreter, so it happens in processes of its own.
 """
@@ -191,7 +192,7 @@ def _compile_here(arch: int, pattern: str) -> Iterator[CompileReport]:
         for kernel, signature, constants, num_warps, num_stages, label in module.aot_signatures(divmod(arch, 10)):
             if re.search(pattern, label):
                 start = time.monotonic()
-                options = {"num_warps": num_warps, "num_stages": num_stages}
+                options = {"num_warps": num_warps} | ({} if num_stages is None else {"num_stages": num_stages})
                 options |= {name: constants.pop(name) for name in constants.keys() - set(kernel.arg_names)}
                 try:
                     facts = _facts(_compile(arch, kernel, signature, constants, options), arch)

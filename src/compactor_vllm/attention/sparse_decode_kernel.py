@@ -266,9 +266,9 @@ def aot_signatures(capability: tuple[int, int] = (9, 0)) -> Signatures:
     constants = {"EXTRA": 1, "KV_HEADS": 8, "GROUP": 4, "SEGMENTS": 8, "SHARED": True, "HAS_BIG": True}
     constants["LANES"] = True
     config = default_decode_config(capability, torch.bfloat16, 128)
-    yield _aot(group_entries_kernel, {"SEGMENTS": 8, "BLOCK": 32, "CHUNK": 128}, {}, 4, 1, "group entries")
+    yield _aot(group_entries_kernel, {"SEGMENTS": 8, "BLOCK": 32, "CHUNK": 128}, {}, 4, None, "group entries")
     plan_constants = {**constants, **plan_constants_of(config), "CHUNK": 1024}
-    yield _aot(plan_kernel, plan_constants, {}, 4, 1, "plan decode")
+    yield _aot(plan_kernel, plan_constants, {}, 4, None, "plan decode")
     shapes = [("bf16", 64), ("bf16", 80), ("bf16", 96), ("bf16", 128), ("bf16", 256), ("fp16", 128), ("fp32", 128)]
     for dtype, head_dim in shapes:
         config = default_decode_config(capability, _AOT_TYPES[dtype], head_dim)
@@ -296,12 +296,12 @@ def aot_signatures(capability: tuple[int, int] = (9, 0)) -> Signatures:
             merge_constants = {**_merge_constants(config, 32, 8, 8, head_dim, heads), **dependent}
             merge_constants["SETTLED"] = dependent["DEPENDENT"]
             label = f"decode merge {dtype} D{head_dim} heads {heads}"
-            yield _aot(_merge_kernel, merge_constants, {"out_ptr": f"*{dtype}"}, config.merge_warps, 1, label)
+            yield _aot(_merge_kernel, merge_constants, {"out_ptr": f"*{dtype}"}, config.merge_warps, None, label)
 
 
 def _aot(
-    kernel: Any, constants: dict[str, Any], floats: dict[str, str], num_warps: int, num_stages: int, label: str
-) -> tuple[Any, dict[str, str], dict[str, Any], int, int, str]:
+    kernel: Any, constants: dict[str, Any], floats: dict[str, str], num_warps: int, num_stages: int | None, label: str
+) -> tuple[Any, dict[str, str], dict[str, Any], int, int | None, str]:
     types = {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "scale_log2e": "fp32", **floats}
     signature = {
         name: types.get(name) or ("*i32" if name.endswith("_ptr") else "i32")

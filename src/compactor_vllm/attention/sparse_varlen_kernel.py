@@ -213,10 +213,10 @@ def aot_signatures(capability: tuple[int, int] = (9, 0)) -> Signatures:
                     config = default_prefill_config(capability, dtype, head_dim, page_size)
                     suffix = "" if page_size is None else f" page {page_size}"
                     yield (*_aot(name, dtype, head_dim, page_size, config), f"prefill {name} D{head_dim}{suffix}")
-    constants = {"D": 128, "BLOCK_D": 128, "BLOCK_M": _MERGE_ROWS, "HAS_LSE": True, **register_limit()}
+    constants = {"D": 128, "BLOCK_D": 128, "BLOCK_M": _MERGE_ROWS, "HAS_LSE": True}
     types = {"parts_ptr": "*fp32", "part_lse_ptr": "*fp32", "lse_ptr": "*fp32", "out_ptr": "*bf16", "cu_q_ptr": "*i32"}
     signature = {n: types.get(n, "i32") for n in merge_kernel.arg_names if n not in constants}
-    yield merge_kernel, signature, constants, 4, 1, "prefill merge bf16 D128"
+    yield merge_kernel, signature, constants, 4, None, "prefill merge bf16 D128"
 
 
 def _aot(

@@ -362,8 +362,8 @@ def signatures(
                             (_scores_kernel, config.scores.options(scores["PADDED"]))):  # fmt: skip
         if kernel is _factor_kernel and not scores["COLUMNS"]:
             continue
-        constants = {name: value for name, value in {**shape, **options}.items() if name in kernel.arg_names}
+        constants = {name: value for name, value in shape.items() if name in kernel.arg_names} | options
+        warps = constants.pop("num_warps")
         names = [name for name in kernel.arg_names if name not in constants]
         signature = {name: special.get(name) or ("*fp32" if name.endswith("_ptr") else "i32") for name in names}
-        constants |= register_limit(options.get("maxnreg"))
-        yield kernel, signature, constants, options["num_warps"], 1, f"leverage {kernel.__name__} {label}"
+        yield kernel, signature, constants, warps, None, f"leverage {kernel.__name__} {label}"

@@ -155,7 +155,7 @@ class _Search:
             "HEADS_PADDED": padded,
             "BLOCK": block,
             "HAS_FLOOR": floor is not None,
-            **register_limit(255 if capability_of(self.device)[0] == 8 else None),
+            **_register_limit(capability_of(self.device)),
         }
         floor = self.limits if floor is None else floor
         common = (*self.inputs, floor, keep_B, self.histograms, limits, self.num_seqs, groups)
@@ -169,29 +169,22 @@ class _Search:
         """After `run(per_head=True)`: int32 [B, K, 2], key of each head's last kept token, and that token."""
         cuts = torch.empty(self.num_seqs, self.num_kv_heads, 2, dtype=torch.int32, device=self.device)
         _floor_cut_kernel[(self.num_seqs, self.num_kv_heads)](
-            *self.inputs, self.limits, self.tallies, cuts, self.num_seqs, **self._constants_without_heads(), num_warps=4
-        )
+            *self.inputs, self.limits, self.tallies, cuts, self.num_seqs,
+            NUM_KV_HEADS=self.num_kv_heads, BLOCK=self.constants["BLOCK"], SCAN=1024, num_warps=4,
+        )  # fmt: skip
         return cuts
 
     def write(self, keep_B: Tensor, kept_idx: Tensor, counts_BK: Tensor, total_pairs: int) -> None:
         floor = self.limits if self.floor is None else self.floor
         _write_kernel[(self.blocks, self.splits)](
-            *self.inputs,
-            floor,
-            keep_B,
-            self.limits,
-            self.tallies,
-            kept_idx,
-            counts_BK,
-            self.num_seqs,
-            total_pairs,
-            **self.constants,
-            SCAN=max(16, _SCAN // self.constants["HEADS_PADDED"]),
-            num_warps=4,
-        )
+            *self.inputs, floor, keep_B, self.limits, self.tallies, kept_idx, counts_BK, self.num_seqs, total_pairs,
+            **self.constants, SCAN=max(16, _SCAN // self.constants["HEADS_PADDED"]), num_warps=4,
+        )  # fmt: skip
 
-    def _constants_without_heads(self) -> dict[str, int]:
-        return {"NUM_KV_HEADS": self.num_kv_heads, "BLOCK": self.constants["BLOCK"], "SCAN": 1024}
+
+def _register_limit(capability: tuple[int, int]) -> dict[str, int]:
+    """For the passes over scores: the cards on which ptxas spills 8 bytes of one of them."""
+    return register_limit(255 if capability[0] == 8 else None)
 
 
 def _check(
@@ -381,7 +374,7 @@ def aot_signatures(capability: tuple[int, int] = (9, 0)) -> Signatures:
         padded = triton.next_power_of_2(heads)
         block = max(16, _TILE // padded)
         shape = {"NUM_KV_HEADS": num_kv_heads, "HEADS": heads, "HEADS_PADDED": padded, "BLOCK": block}
-        shape |= register_limit(255 if capability[0] == 8 else None)
+        shape |= _register_limit(capability)
         runs: list[tuple[Any, dict[str, Any]]] = [
             (_histogram_kernel, {**shape, "HAS_FLOOR": False, "DIGIT": digit}) for digit in range(3)
         ]
@@ -394,4 +387,4 @@ def aot_signatures(capability: tuple[int, int] = (9, 0)) -> Signatures:
             signature = {name: special.get(name) or ("*i32" if name.endswith("_ptr") else "i32") for name in names}
             digit = f" digit {constants['DIGIT']}" if "DIGIT" in constants else ""
             warps = _TALLY_WARPS if kernel is _tally_kernel else 4
-            yield kernel, signature, constants, warps, 1, f"{kernel.__name__} {heads} of {num_kv_heads} heads{digit}"
+            yield kernel, signature, constants, warps, None, f"{kernel.__name__} {heads} of {num_kv_heads} heads{digit}"

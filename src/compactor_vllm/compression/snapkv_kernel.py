@@ -27,6 +27,7 @@ from compactor_vllm.utils.capability import Signatures, capability_of, register_
 
 _POOL_TILE = 2048
 _MERGE_BLOCKS = 32
+_STAGES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,7 @@ def window_scores(
     }
     inputs = (q_THD, k_TKD, cu_seqlens_B1)
     numbers = (num_seqs, window, row_blocks, max(scale, 1e-30) * math.log2(math.e))
-    options = {"num_warps": config.num_warps, "num_stages": 2, **register_limit(config.registers)}
+    options = {"num_warps": config.num_warps, "num_stages": _STAGES, **register_limit(config.registers)}
     _row_sums_kernel[(blocks * num_kv_heads,)](*inputs, parts, *numbers, **shape, **options)
     _merge_kernel[(num_seqs, num_kv_heads, row_blocks)](
         cu_seqlens_B1, parts, normalizers, window, row_blocks,
@@ -314,7 +315,6 @@ def aot_signatures(capability: tuple[int, int] = (9, 0)) -> Signatures:
                 for name in kernel.arg_names
                 if name not in constants
             }
-            stages = 1
-            if "DIM" in constants:
-                stages, constants = 2, {**constants, **register_limit(config.registers)}
-            yield kernel, signature, constants, config.num_warps, stages, f"window {kernel.__name__} {dtype} D{dim}"
+            stages, limit = (_STAGES, register_limit(config.registers)) if "DIM" in constants else (None, {})
+            label = f"window {kernel.__name__} {dtype} D{dim}"
+            yield kernel, signature, constants | limit, config.num_warps, stages, label

@@ -71,12 +71,8 @@ def standardize(
     block = max(16, min(_TILE // (padded * terms), triton.next_power_of_2(unit)))
     grid = (max_blocks(num_tokens, num_seqs, block, unit),)
     constants = {"NUM_KV_HEADS": num_kv_heads, "HEADS_PADDED": padded, "TERMS": terms, "BLOCK": block}
-    constants |= {
-        "PER_HEAD": domain == "head",
-        "HAS_COUNTED": counted_T is not None,
-        "num_warps": 4,
-        **register_limit(),
-    }
+    constants |= {"PER_HEAD": domain == "head", "HAS_COUNTED": counted_T is not None, "num_warps": 4}
+    constants |= register_limit()
     lanes = terms * padded if domain == "head" else terms
     moments = torch.empty(grid[0], 6 if counted_T is not None else 3, lanes, dtype=torch.float64, device=x_NTK.device)
     pooled_NTK = torch.empty_like(x_NTK) if pool_width > 1 else x_NTK
@@ -310,4 +306,4 @@ def aot_signatures(capability: tuple[int, int] = (9, 0)) -> Signatures:
                 constants["SCAN"] = _SCAN // more["TERMS"]
             names = [name for name in kernel.arg_names if name not in constants]
             signature = {name: special.get(name) or ("*fp32" if name.endswith("_ptr") else "i32") for name in names}
-            yield kernel, signature, constants, 4, 1, f"{kernel.__name__} {label} K{num_kv_heads}"
+            yield kernel, signature, constants, 4, None, f"{kernel.__name__} {label} K{num_kv_heads}"

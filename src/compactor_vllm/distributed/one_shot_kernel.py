@@ -317,4 +317,4 @@ def aot_signatures(capability: tuple[int, int] = (9, 0)) -> Signatures:
         constants = {"RANK": 1, "SIZE": size, "ADD": add, "KEPT": kept, "DTYPE": dtype}
         constants |= {"CAPACITY": capacity(size), "BLOCK": _BLOCK}
         constants["DEPENDENT"] = capability >= (9, 0) and dtype != tl.float32
-        yield _one_shot_kernel, signature, constants, _WARPS, 1, f"one-shot {name} {size} ranks {dtype}"
+        yield _one_shot_kernel, signature, constants, _WARPS, None, f"one-shot {name} {size} ranks {dtype}"

@@ -395,4 +395,4 @@ def aot_signatures(capability: tuple[int, int] = (9, 0)) -> Signatures:
                 if name not in constants:
                     default = "*i32" if name.endswith("_ptr") else "i32"
                     signature[name] = floats.get(name) or types.get(name) or default
-            yield kernel, signature, constants, warps, 2, f"{kernel.__name__} {dtype} D{head_dim}"
+            yield kernel, signature, constants, warps, None, f"{kernel.__name__} {dtype} D{head_dim}"

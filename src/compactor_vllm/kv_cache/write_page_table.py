@@ -102,4 +102,4 @@ def aot_signatures(capability: tuple[int, int] = (9, 0)) -> Signatures:
             "PAGE_SIZE": 128,
             "PAGES_AT_ONCE": _PAGES_AT_ONCE,
         }
-        yield _assign_pages_kernel, signature, constants, 4, 1, f"assign_pages K{num_kv_heads}"
+        yield _assign_pages_kernel, signature, constants, 4, None, f"assign_pages K{num_kv_heads}"

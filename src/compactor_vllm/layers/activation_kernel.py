@@ -176,11 +176,11 @@ def aot_signatures(capability: tuple[int, int] = (9, 0)) -> Signatures:
     for dtype in ("bf16", "fp16", "fp32"):
         for block in (_BLOCK_FEW, _BLOCK_MANY):
             signature = _signature(_silu_and_mul_kernel, dtype, {"BLOCK"})
-            yield _silu_and_mul_kernel, signature, {"BLOCK": block}, _WARPS, 1, f"silu_and_mul {dtype} block {block}"
+            yield _silu_and_mul_kernel, signature, {"BLOCK": block}, _WARPS, None, f"silu_and_mul {dtype} block {block}"
         for size in (4096, MAX_NORM_SIZE):
             constants = {"SIZE": size, "PADDED": size, "DEPENDENT": capability >= (9, 0) and dtype != "fp32"}
             signature = _signature(_rms_norm_kernel, dtype, set(constants))
-            yield _rms_norm_kernel, signature, constants, _norm_warps(size), 1, f"rms_norm {dtype} E{size}"
+            yield _rms_norm_kernel, signature, constants, _norm_warps(size), None, f"rms_norm {dtype} E{size}"
 
 
 def _signature(kernel: Any, dtype: str, constants: set[str]) -> dict[str, str]:

@@ -238,4 +238,4 @@ def aot_signatures(capability: tuple[int, int] = (9, 0)) -> Signatures:
                 names = [name for name in _stream_kernel.arg_names if name not in constants]
                 signature = {name: f"*{dtype}" if name.endswith("_ptr") else "i32" for name in names}
                 label = f"few_rows_stream {dtype} T{rows} O{features} I{size}{' gated' if gated else ''}"
-                yield _stream_kernel, signature, constants, WARPS, 1, label
+                yield _stream_kernel, signature, constants, WARPS, None, label

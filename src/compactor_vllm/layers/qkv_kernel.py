@@ -348,4 +348,4 @@ def aot_signatures(capability: tuple[int, int] = (9, 0)) -> Signatures:
             ):
                 names = [argument for argument in kernel.arg_names if argument not in constants]
                 signature = {n: special.get(n) or (f"*{dtype}" if n.endswith("_ptr") else "i32") for n in names}
-                yield kernel, signature, constants, warps, 1, f"split_qkv {name} {dtype} D{dim}{' norm' * norm}"
+                yield kernel, signature, constants, warps, None, f"split_qkv {name} {dtype} D{dim}{' norm' * norm}"

@@ -192,4 +192,4 @@ def aot_signatures(capability: tuple[int, int] = (9, 0)) -> Signatures:
         constants = {name: value for name, value in options.items() if name != "num_warps"}
         types = {**wide, **narrow, "logits_ptr": logits, "out_ptr": "*fp32"}
         signature = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
-        yield kernel, signature, constants, options["num_warps"], 1, label
+        yield kernel, signature, constants, options["num_warps"], None, label

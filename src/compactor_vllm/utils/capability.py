@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-Signatures = Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int, str]]
+Signatures = Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int | None, str]]
 """What a kernel module's `aot_signatures(capability)` yields, see `attention.compile_kernels`: kernel, signature,
-constants, warps, stages, label."""
+constants, warps, stages (None: the launch leaves them to Triton), label."""
 
 SMALL_SHARED_MEMORY = ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1))
 """Compute capabilities of cards that give one block less than 128 KiB of shared memory."""
